@@ -1,0 +1,20 @@
+"""Observers and fake-quantize for PyTorch, in compiled kernels."""
+
+from . import ops
+from ._native import status as native_status
+from ._version import __version__
+from .compat.hosts import register_with_hosts
+from .fake_quantize import *  # noqa: F403
+from .observers import *  # noqa: F403
+from .state import get_observer_state_dict, load_observer_state_dict
+
+register_with_hosts()
+
+__all__ = [
+    "__version__",
+    "get_observer_state_dict",
+    "load_observer_state_dict",
+    "native_status",
+    "ops",
+    "register_with_hosts",
+]

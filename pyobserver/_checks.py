@@ -1,0 +1,93 @@
+"""Argument checks shared by every op: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NONFINITE = ("ignore", "propagate", "raise")
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} ({value!r})"
+    if value.is_quantized:
+        return f"a quantized tensor ({value.dtype})"
+    if value.layout is not torch.strided:
+        return f"a sparse tensor ({value.layout})"
+    return str(value.dtype)
+
+
+def check_input(op: str, name: str, x: Tensor) -> None:
+    """A tensor to observe or to quantize: dense, real, floating-point."""
+    if (
+        not isinstance(x, Tensor)
+        or x.is_quantized
+        or x.layout is not torch.strided
+        or x.dtype not in FLOATING
+    ):
+        raise TypeError(
+            f"{op}: {name}: expected a dense tensor of float32, float64, float16 or bfloat16, "
+            f"got {_describe(x)}"
+        )
+
+
+def check_state(
+    op: str, name: str, state: Tensor, dtypes: tuple[torch.dtype, ...], numel: int | None = None
+) -> None:
+    """A tensor that the op reads or updates: its dtype, contiguity and, where given, its size."""
+    if not isinstance(state, Tensor) or state.dtype not in dtypes or state.is_quantized:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{op}: {name}: expected {wanted}, got {_describe(state)}")
+    if not state.is_contiguous():
+        raise ValueError(f"{op}: {name}: expected a contiguous tensor, got strides {state.stride()}")
+    if numel is not None and state.numel() != numel:
+        raise ValueError(
+            f"{op}: {name}: expected {numel} element{'s' if numel != 1 else ''}, "
+            f"got shape {tuple(state.shape)}"
+        )
+
+
+def check_same_device(op: str, x: Tensor, others: dict[str, Tensor | None]) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"{op}: {name}: expected a tensor on {x.device} beside x, got one on {other.device}"
+            )
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_axis(op: str, x: Tensor, axis: int) -> int:
+    """The axis as a number from 0 on."""
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(
+            f"{op}: axis: expected a value in [{-x.dim()}, {x.dim() - 1}] "
+            f"for a {x.dim()}-d tensor, got {axis}"
+        )
+    return axis % x.dim()
+
+
+def check_channels(op: str, name: str, state: Tensor, x: Tensor, axis: int) -> None:
+    if state.dim() != 1 or state.numel() != x.shape[axis]:
+        raise ValueError(
+            f"{op}: {name}: expected shape ({x.shape[axis]},), one value for each channel of "
+            f"x (shape {tuple(x.shape)}, axis {axis}), got shape {tuple(state.shape)}"
+        )
+
+
+def check_quant_range(op: str, quant_min: int, quant_max: int) -> None:
+    if not quant_min < quant_max:
+        raise ValueError(
+            f"{op}: quant_min: expected a value below quant_max, "
+            f"got quant_min={quant_min}, quant_max={quant_max}"
+        )
+
+
+def check_enabled(op: str, enabled: Tensor | None) -> None:
+    if enabled is not None:
+        check_state(op, "enabled", enabled, (torch.uint8, torch.int64, torch.bool), 1)

@@ -1,0 +1,69 @@
+"""Finds and loads the compiled libraries, and says why there are none."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_HERE = Path(__file__).parent
+_LIBRARIES = {"cpu": "libpyobserver.so", "cuda": "libpyobserver_cuda.so"}
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """What is loaded.
+
+    Attributes:
+        cpu, cuda: whether the compiled kernels of that device are loaded.
+        reason: why the CPU ones are not; None where they are.
+        cuda_reason: the same of the CUDA ones.
+        build: the pybind11 module ``pyobserver._C``, or None.
+    """
+
+    cpu: bool
+    cuda: bool
+    reason: str | None
+    cuda_reason: str | None
+    build: ModuleType | None
+
+
+def _load_library(device: str) -> str | None:
+    """Load one library; returns why not, or None."""
+    path = _HERE / _LIBRARIES[device]
+    if not path.exists():
+        return f"{path.name} was not built (see the messages of the install)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load under torch {torch.__version__}: {error}"
+    return None
+
+
+def _load() -> NativeStatus:
+    wanted = os.environ.get("PYOBSERVER_NATIVE", "1")
+    if wanted not in ("0", "1", "require"):
+        raise ValueError(f"PYOBSERVER_NATIVE: expected 0, 1 or require, got {wanted!r}")
+    if wanted == "0":
+        reason = "switched off by PYOBSERVER_NATIVE=0"
+        return NativeStatus(False, False, reason, reason, None)
+    reason = _load_library("cpu")
+    if reason is not None:
+        if wanted == "require":
+            raise ImportError(f"PYOBSERVER_NATIVE=require, but {reason}")
+        return NativeStatus(False, False, reason, reason, None)
+    from . import _C
+
+    forced = os.environ.get("PYOBSERVER_ISA")
+    if forced:
+        _C.set_cpu_isa(forced)
+    cuda_reason: str | None = "torch sees no CUDA device"
+    if torch.cuda.is_available():
+        cuda_reason = _load_library("cuda")
+    return NativeStatus(True, cuda_reason is None, None, cuda_reason, _C)
+
+
+status = _load()

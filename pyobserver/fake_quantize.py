@@ -1,0 +1,346 @@
+"""Fake-quantize modules: an observer, and the fake-quantize op with the scale it chose."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compat.hosts import offer_to_hosts
+from .dtypes import PER_CHANNEL, PER_TENSOR, SYMMETRIC, check_qscheme
+from .observers import (
+    FixedQParamsObserver,
+    HistogramObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    UniformQuantizationObserverBase,
+    default_fixed_qparams_range_0to1_observer,
+    default_fixed_qparams_range_neg1to1_observer,
+)
+from .observers.base import StatisticsModule
+from .ops import fake_quantize
+
+
+@offer_to_hosts
+class FakeQuantizeBase(StatisticsModule, ABC):
+    """Base of the fake-quantize modules: the two switches.
+
+    The switches are buffers that the ops read where the data is, so that turning one costs no
+    device sync, no new graph and no recompilation.
+
+    Buffers: ``fake_quant_enabled``, ``observer_enabled``: one element each, 0 or 1.
+
+    Source: ``torch.ao.quantization.FakeQuantizeBase``.
+    """
+
+    _flag_dtype = torch.uint8  # NCCL does not broadcast bool
+    fake_quant_enabled: Tensor
+    observer_enabled: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=self._flag_dtype))
+        self.register_buffer("observer_enabled", torch.ones(1, dtype=self._flag_dtype))
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]: ...
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Round in forward, or pass the values through."""
+        self.fake_quant_enabled.fill_(int(enabled))
+
+    def disable_fake_quant(self) -> None:
+        self.enable_fake_quant(False)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Gather statistics in forward and choose the scale anew, or keep both."""
+        self.observer_enabled.fill_(int(enabled))
+
+    def disable_observer(self) -> None:
+        self.enable_observer(False)
+
+
+@offer_to_hosts
+class FakeQuantize(FakeQuantizeBase):
+    """Observe a tensor, choose scale and zero point, quantize to integers and back.
+
+    The gradient goes straight through where the value was inside the grid; see
+    :func:`pyobserver.ops.fake_quantize`.
+
+    Args:
+        observer: a class or factory of an observer: ours, torch.ao's or one with their interface
+            (for those the switch is read on the host).
+        quant_min, quant_max: the integer range, handed to the observer.
+        is_dynamic: handed to the observer.
+        observer_kwargs: further arguments of the observer.
+
+    Attributes:
+        activation_post_process: the observer.
+
+    Buffers: ``scale`` float32 and ``zero_point`` int32 (float32 for float qparams), ``(1,)`` or
+    ``(channels,)`` once sized by the first tensor.
+
+    Source: ``torch.ao.quantization.FakeQuantize``.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        observer: Any = MovingAverageMinMaxObserver,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        is_dynamic: bool = False,
+        **observer_kwargs: Any,
+    ):
+        super().__init__()
+        if quant_min is not None or quant_max is not None:
+            observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
+        self.activation_post_process = observer(is_dynamic=is_dynamic, **observer_kwargs)
+        watcher = self.activation_post_process
+        check_qscheme(type(self).__name__, watcher.qscheme, PER_TENSOR + PER_CHANNEL)
+        self.quant_min, self.quant_max = watcher.quant_min, watcher.quant_max
+        self.is_dynamic = watcher.is_dynamic
+        self.dtype, self.qscheme = watcher.dtype, watcher.qscheme
+        self.is_per_channel = self.qscheme in PER_CHANNEL
+        self.is_symmetric_quant = self.qscheme in SYMMETRIC
+        self.ch_axis = getattr(watcher, "ch_axis", -1)
+        float_zero_point = self.qscheme == torch.per_channel_affine_float_qparams
+        zero_dtype = torch.float32 if float_zero_point else torch.int32
+        device = getattr(watcher, "min_val", torch.empty(0)).device
+        self.register_buffer("scale", torch.ones(1, device=device))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=zero_dtype, device=device))
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The observer's scale and zero point."""
+        return self.activation_post_process.calculate_qparams()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` rounded to the grid, shaped as x; also updates the observer and the scale."""
+        if x.numel() == 0:
+            return x
+        self._observe(x)
+        return fake_quantize(
+            x,
+            self.scale,
+            self.zero_point,
+            self.activation_post_process.quant_min,
+            self.activation_post_process.quant_max,
+            self.ch_axis if self.is_per_channel else None,
+            self.fake_quant_enabled,
+        )
+
+    def _observe(self, x: Tensor) -> None:
+        watcher = self.activation_post_process
+        if isinstance(watcher, UniformQuantizationObserverBase):
+            watcher.observe(x, self.observer_enabled)
+            if self.scale.numel() != watcher.min_val.numel():
+                self._resize(watcher.min_val.numel())
+            watcher.write_qparams(self.scale, self.zero_point, self.observer_enabled)
+        elif bool(self.observer_enabled):
+            watcher(x.detach())
+            scale, zero_point = watcher.calculate_qparams()
+            if self.scale.numel() != scale.numel():
+                self._resize(scale.numel())
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+
+    def _resize(self, size: int) -> None:
+        self.scale = torch.ones(size, device=self.scale.device)
+        self.zero_point = self.zero_point.new_zeros(size)
+
+    def extra_repr(self) -> str:
+        return (
+            f"fake_quant_enabled={self.fake_quant_enabled}, "
+            f"observer_enabled={self.observer_enabled}, "
+            f"quant_min={self.quant_min}, quant_max={self.quant_max}, dtype={self.dtype}, "
+            f"qscheme={self.qscheme}, ch_axis={self.ch_axis}, "
+            f"scale={self.scale}, zero_point={self.zero_point}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        saved = state_dict.get(prefix + "scale")
+        if saved is not None and saved.numel() != self.scale.numel():
+            self._resize(saved.numel())
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+@offer_to_hosts
+class FixedQParamsFakeQuantize(FakeQuantize):
+    """Fake-quantize with a scale and zero point that are given.
+
+    Args:
+        observer: a class or factory of :class:`FixedQParamsObserver`.
+
+    Source: ``torch.ao.quantization.FixedQParamsFakeQuantize``.
+    """
+
+    def __init__(self, observer: Any):
+        super().__init__(observer=observer)
+        if not isinstance(self.activation_post_process, FixedQParamsObserver):
+            raise TypeError(
+                f"{type(self).__name__}: observer: expected a FixedQParamsObserver, "
+                f"got {type(self.activation_post_process).__name__}"
+            )
+        self._observer_ctr = observer
+        self.scale.copy_(self.activation_post_process.scale)
+        self.zero_point.copy_(self.activation_post_process.zero_point)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
+
+    def _observe(self, x: Tensor) -> None:
+        """The parameters are fixed."""
+
+
+@offer_to_hosts
+class FusedMovingAvgObsFakeQuantize(FakeQuantize):
+    """Fake-quantize over a moving-average observer, per tensor or per channel.
+
+    Args:
+        observer: a class or factory of a MovingAverage(PerChannel)MinMaxObserver.
+        Others: :class:`FakeQuantize`.
+
+    Source: ``torch.ao.quantization.FusedMovingAvgObsFakeQuantize``.
+    """
+
+    _flag_dtype = torch.int64
+
+    def __init__(
+        self,
+        observer: Any = MovingAverageMinMaxObserver,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        **observer_kwargs: Any,
+    ):
+        super().__init__(observer, quant_min, quant_max, **observer_kwargs)
+        served = (MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver)
+        if not isinstance(self.activation_post_process, served):
+            raise TypeError(
+                f"{type(self).__name__}: observer: expected a MovingAverageMinMaxObserver or "
+                "MovingAveragePerChannelMinMaxObserver, "
+                f"got {type(self.activation_post_process).__name__}"
+            )
+
+
+def disable_fake_quant(mod: nn.Module) -> None:
+    """Let values pass one fake-quantize module: ``model.apply(disable_fake_quant)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.disable_fake_quant()
+
+
+def enable_fake_quant(mod: nn.Module) -> None:
+    """Round in one fake-quantize module: ``model.apply(enable_fake_quant)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.enable_fake_quant()
+
+
+def disable_observer(mod: nn.Module) -> None:
+    """Freeze statistics and scale of one fake-quantize module: ``model.apply(disable_observer)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.disable_observer()
+
+
+def enable_observer(mod: nn.Module) -> None:
+    """Gather statistics in one fake-quantize module: ``model.apply(enable_observer)``."""
+    if isinstance(mod, FakeQuantizeBase):
+        mod.enable_observer()
+
+
+default_fake_quant = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=0,
+    quant_max=255,
+    dtype=torch.quint8,
+    qscheme=torch.per_tensor_affine,
+    reduce_range=True,
+)
+default_weight_fake_quant = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=-128,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_tensor_symmetric,
+    reduce_range=False,
+)
+default_dynamic_fake_quant = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=0,
+    quant_max=255,
+    is_dynamic=True,
+    dtype=torch.quint8,
+    averaging_constant=1,
+)
+default_fixed_qparams_range_neg1to1_fake_quant = FixedQParamsFakeQuantize.with_args(
+    observer=default_fixed_qparams_range_neg1to1_observer
+)
+default_fixed_qparams_range_0to1_fake_quant = FixedQParamsFakeQuantize.with_args(
+    observer=default_fixed_qparams_range_0to1_observer
+)
+# the names of torch 1.x
+default_symmetric_fixed_qparams_fake_quant = default_fixed_qparams_range_neg1to1_fake_quant
+default_affine_fixed_qparams_fake_quant = default_fixed_qparams_range_0to1_fake_quant
+default_per_channel_weight_fake_quant = FakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    quant_min=-128,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_channel_symmetric,
+    reduce_range=False,
+    ch_axis=0,
+)
+default_embedding_fake_quant = FakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    qscheme=torch.per_channel_affine_float_qparams,
+    dtype=torch.quint8,
+    quant_min=0,
+    quant_max=255,
+    ch_axis=0,
+    averaging_constant=1,
+)
+default_embedding_fake_quant_4bit = FakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    qscheme=torch.per_channel_affine_float_qparams,
+    ch_axis=0,
+    dtype=torch.quint4x2,
+    averaging_constant=1,
+)
+default_histogram_fake_quant = FakeQuantize.with_args(
+    observer=HistogramObserver,
+    quant_min=0,
+    quant_max=255,
+    dtype=torch.quint8,
+    qscheme=torch.per_tensor_affine,
+    reduce_range=True,
+)
+default_fused_act_fake_quant = FusedMovingAvgObsFakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8
+)
+default_fused_wt_fake_quant = FusedMovingAvgObsFakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=-128,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_tensor_symmetric,
+)
+default_fused_per_channel_wt_fake_quant = FusedMovingAvgObsFakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    quant_min=-128,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_channel_symmetric,
+)
+fused_wt_fake_quant_range_neg_127_to_127 = default_fused_wt_fake_quant.with_args(
+    quant_min=-127, quant_max=127, eps=2**-12
+)
+fused_per_channel_wt_fake_quant_range_neg_127_to_127 = (
+    default_fused_per_channel_wt_fake_quant.with_args(quant_min=-127, quant_max=127, eps=2**-12)
+)

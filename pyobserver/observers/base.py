@@ -1,0 +1,242 @@
+"""The base classes of all observers."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from ..compat.hosts import offer_to_hosts, register_with_hosts
+from ..dtypes import PER_CHANNEL, PER_TENSOR, SYMMETRIC, check_qscheme, quant_bounds
+from ..ops import choose_qparams
+from .factory import FactoryMixin
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+class StatisticsModule(FactoryMixin, nn.Module):
+    """A module whose buffers keep their dtype when the model's is changed.
+
+    ``model.half()`` would round the statistics and the scales, and counts above 2048 with them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        register_with_hosts()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatisticsModule:
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+@offer_to_hosts
+class ObserverBase(StatisticsModule, ABC):
+    """Base of every observer: ``forward`` watches a tensor and returns it unchanged.
+
+    Args:
+        dtype: the quantized type that the model is prepared for.
+        is_dynamic: whether the parameters are chosen anew for each input.
+
+    Source: ``torch.ao.quantization.ObserverBase``.
+    """
+
+    def __init__(self, dtype: torch.dtype, is_dynamic: bool = False):
+        super().__init__()
+        self.dtype = dtype
+        self.is_dynamic = is_dynamic
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]: ...
+
+
+@offer_to_hosts
+class UniformQuantizationObserverBase(ObserverBase):
+    """Base of the observers that choose a scale and a zero point from a range.
+
+    A subclass keeps its statistics in buffers, folds a tensor into them with one op call in
+    :meth:`observe`, and says what range they stand for in :meth:`observed_range`.
+
+    Args:
+        dtype: the quantized type (``pyobserver.dtypes``).
+        qscheme: the scheme, per tensor or per channel, affine or symmetric.
+        reduce_range: use one bit less of an 8-bit type; deprecated in favour of the bounds.
+        quant_min, quant_max: the integer range, if not the whole type.
+        factory_kwargs: ``{"device": ...}`` for the buffers.
+        eps: the least scale.
+        is_dynamic: whether the parameters are chosen anew for each input.
+        nonfinite: what NaN and infinities do: ``"ignore"`` leaves them out of the statistics and
+            counts them in ``nonfinite_count``, and ``calculate_qparams`` warns with the count;
+            ``"propagate"`` lets them into the range as torch.ao does; ``"raise"`` refuses them.
+
+    Raises:
+        ValueError: dtype, bounds or nonfinite that cannot be served.
+        NotImplementedError: a qscheme that the class does not serve.
+
+    Source: ``torch.ao.quantization.observer.UniformQuantizationObserverBase`` of torch 2.13.
+    """
+
+    # 2: eps became a buffer. 3: min_vals, max_vals were renamed min_val, max_val, and an unfed
+    # histogram's have shape () instead of (0,).
+    _version = 3
+
+    eps: Tensor
+    min_val: Tensor
+    max_val: Tensor
+    nonfinite_count: Tensor
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = _EPS,
+        is_dynamic: bool = False,
+        nonfinite: str = "ignore",
+    ):
+        super().__init__(dtype=dtype, is_dynamic=is_dynamic)
+        check_qscheme(type(self).__name__, qscheme, PER_TENSOR + PER_CHANNEL)
+        _checks.check_choice(type(self).__name__, "nonfinite", nonfinite, _checks.NONFINITE)
+        if reduce_range:
+            warnings.warn(
+                "reduce_range is deprecated: give quant_min and quant_max instead", stacklevel=3
+            )
+            if qscheme in SYMMETRIC and dtype in (torch.quint8, torch.uint8):
+                raise NotImplementedError(
+                    f"{type(self).__name__}: reduce_range: expected False for {dtype} with a "
+                    "symmetric qscheme (its zero point, 128, lies outside 0..127), got True"
+                )
+        self.qscheme = qscheme
+        self.reduce_range = reduce_range
+        self.nonfinite = nonfinite
+        self.has_customized_qrange = quant_min is not None and quant_max is not None
+        self.quant_min, self.quant_max = quant_bounds(dtype, quant_min, quant_max, reduce_range)
+        device = torch.nn.factory_kwargs(factory_kwargs).get("device")
+        self.register_buffer("eps", torch.tensor([eps], dtype=torch.float32, device=device))
+        # not saved: the keys of the state_dict are torch.ao's
+        self.register_buffer(
+            "nonfinite_count", torch.zeros((), dtype=torch.int64, device=device), persistent=False
+        )
+
+    @property
+    def _mapping(self) -> str:
+        if self.qscheme in SYMMETRIC:
+            return "symmetric"
+        if self.qscheme == torch.per_channel_affine_float_qparams:
+            return "affine_float"
+        return "affine"
+
+    @property
+    def _symmetric_zero_point(self) -> int:
+        if self.dtype in (torch.quint8, torch.uint8):
+            return (self.quant_min + self.quant_max) // 2 if self.has_customized_qrange else 128
+        return 2**15 if self.dtype == torch.uint16 else 0
+
+    def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
+        """Fold a tensor into the statistics; ``enabled`` is read where the data is."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fold ``x`` into the statistics and return it as it is."""
+        self.observe(x)
+        return x
+
+    def observed_range(self, enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The range that the statistics stand for: float32 tensors, one element a scale."""
+        return self.min_val, self.max_val
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point, one element per tensor or ``(channels,)``.
+
+        The zero point is int32 for an affine scheme, int64 for a symmetric one and float32 for
+        ``per_channel_affine_float_qparams``, as in torch.ao. An observer that was never fed gives
+        1 and 0, with a warning; values that were left out as not finite give one too.
+        """
+        min_val, max_val = self.observed_range()
+        device = min_val.device
+        self._warn_of_statistics(min_val, max_val)
+        if min_val.numel() == 0:
+            return torch.ones(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        scale = torch.empty(min_val.shape or (1,), device=device)
+        dtypes = {"affine": torch.int32, "symmetric": torch.int64, "affine_float": torch.float32}
+        zero_point = torch.empty_like(scale, dtype=dtypes[self._mapping])
+        self._write_qparams(min_val, max_val, scale, zero_point, None)
+        return scale, zero_point
+
+    def write_qparams(self, scale: Tensor, zero_point: Tensor, enabled: Tensor | None = None) -> None:
+        """Write scale and zero point in place; no device sync, no warning.
+
+        Args:
+            scale, zero_point: as many elements as there are ranges, see :func:`choose_qparams`.
+            enabled: one element read where the data is; 0 writes nothing.
+        """
+        self._write_qparams(*self.observed_range(enabled), scale, zero_point, enabled)
+
+    def _write_qparams(
+        self,
+        min_val: Tensor,
+        max_val: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        enabled: Tensor | None,
+    ) -> None:
+        choose_qparams(
+            min_val,
+            max_val,
+            scale,
+            zero_point,
+            self.eps,
+            self.quant_min,
+            self.quant_max,
+            self._mapping,
+            self._symmetric_zero_point,
+            enabled,
+        )
+
+    def _warn_of_statistics(self, min_val: Tensor, max_val: Tensor) -> None:
+        unfed = (min_val > max_val).all()  # also of no elements
+        is_unfed, nonfinite = torch.stack((unfed.long(), self.nonfinite_count)).tolist()
+        if is_unfed:
+            warnings.warn(
+                f"{type(self).__name__} was never fed: calculate_qparams returns scale 1 and zero "
+                "point 0",
+                stacklevel=3,
+            )
+        if nonfinite:
+            fate = "left out of" if self.nonfinite == "ignore" else "let into"
+            warnings.warn(
+                f"{type(self).__name__}: {nonfinite} NaN or infinite values were {fate} the "
+                "statistics",
+                stacklevel=3,
+            )
+
+    def reset_min_max_vals(self) -> None:
+        """Forget the range: back to +inf and -inf."""
+        self.min_val.fill_(torch.inf)
+        self.max_val.fill_(-torch.inf)
+        self.nonfinite_count.zero_()
+
+    def extra_repr(self) -> str:
+        return f"min_val={self.min_val}, max_val={self.max_val}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        version = local_metadata.get("version")
+        if version is None or version < 2:
+            # a copy: the caller's dict is not ours to add to
+            state_dict = {prefix + "eps": torch.tensor([_EPS]), **state_dict}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

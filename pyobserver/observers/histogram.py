@@ -1,0 +1,103 @@
+"""The observer of a linear histogram, with the greedy search for its range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..compat.hosts import offer_to_hosts
+from ..dtypes import PER_TENSOR, bit_width, check_qscheme
+from ..ops import histogram, range_search
+from ..ops.histogram import COMBINES, UPSAMPLE_RATE
+from .base import UniformQuantizationObserverBase
+
+
+@offer_to_hosts
+class HistogramObserver(UniformQuantizationObserverBase):
+    """A histogram of all tensors seen; the range is the one whose L2 error is found least.
+
+    Args:
+        bins: bins of the histogram, at least 2.
+        upsample_rate: parts that a bin is cut into when the range grows; None: 16 for
+            ``combine="midpoint"``, 128 for ``"aligned"``.
+        combine: how counts are carried to a wider range, see :func:`pyobserver.ops.histogram`:
+            ``"midpoint"`` as torch 2.13 does, ``"aligned"`` as torch up to 2.3 did.
+        Others: :class:`UniformQuantizationObserverBase`; qscheme is a per-tensor one.
+
+    Buffers: ``histogram``: float64 ``(bins,)``, counts; ``min_val``, ``max_val``: float32, 0-d.
+
+    Source: ``torch.ao.quantization.HistogramObserver`` of torch 2.13. Its search takes the levels
+    of the whole dtype, whatever ``quant_min`` and ``quant_max``; so does this one.
+    """
+
+    histogram: Tensor
+
+    def __init__(
+        self,
+        bins: int = 2048,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = torch.finfo(torch.float32).eps,
+        is_dynamic: bool = False,
+        upsample_rate: int | None = None,
+        combine: str = "midpoint",
+        **kwargs: Any,
+    ):
+        owner = type(self).__name__
+        check_qscheme(owner, qscheme, PER_TENSOR)
+        _checks.check_choice(owner, "combine", combine, COMBINES)
+        if is_dynamic:
+            raise NotImplementedError(
+                f"{owner}: is_dynamic: expected False (no dynamic quantization by histogram), got True"
+            )
+        if bins < 2:
+            raise ValueError(f"{owner}: bins: expected at least 2, got {bins}")
+        super().__init__(
+            dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs
+        )
+        self.bins = bins
+        self.combine = combine
+        self.upsample_rate = UPSAMPLE_RATE[combine] if upsample_rate is None else upsample_rate
+        self.dst_nbins = 2 ** bit_width(dtype)
+        device = torch.nn.factory_kwargs(factory_kwargs).get("device")
+        self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=device))
+        self.register_buffer("min_val", torch.tensor(torch.inf, device=device))
+        self.register_buffer("max_val", torch.tensor(-torch.inf, device=device))
+
+    def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
+        histogram(
+            x,
+            self.histogram,
+            self.min_val,
+            self.max_val,
+            self.nonfinite_count,
+            self.combine,
+            self.upsample_rate,
+            self.nonfinite,
+            enabled,
+        )
+
+    def observed_range(self, enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return range_search(self.histogram, self.min_val, self.max_val, self.dst_nbins, enabled)
+
+    def reset_min_max_vals(self) -> None:
+        super().reset_min_max_vals()
+        self.histogram.zero_()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        for name, unfed in (("min_val", torch.inf), ("max_val", -torch.inf)):
+            value = state_dict.get(prefix + name)
+            # before version 3 an unfed range had no elements; a range of shape (1,) is the same as ()
+            if value is not None and value.dim() == 1 and value.numel() <= 1:
+                value = value.reshape(()) if value.numel() else torch.tensor(unfed)
+                state_dict = {**state_dict, prefix + name: value}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

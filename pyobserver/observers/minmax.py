@@ -1,0 +1,252 @@
+"""Observers of the minimum and maximum, per tensor and per channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat.hosts import offer_to_hosts
+from ..dtypes import PER_CHANNEL, PER_TENSOR, check_qscheme
+from ..ops import minmax
+from .base import UniformQuantizationObserverBase
+
+
+class _MinMaxBase(UniformQuantizationObserverBase):
+    """Minimum and maximum, folded in by one op; what differs is the update and the axis."""
+
+    _update = "running"
+    _weight = 1.0
+    _axis: int | None = None
+
+    def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
+        minmax(
+            x,
+            self.min_val,
+            self.max_val,
+            self.nonfinite_count,
+            self._axis,
+            self._update,
+            self._weight,
+            self.nonfinite,
+            enabled,
+        )
+
+
+@offer_to_hosts
+class MinMaxObserver(_MinMaxBase):
+    """The least and the greatest value of all tensors seen.
+
+    Args:
+        memoryless: forget the earlier tensors each time (torch up to 1.12).
+        Others: :class:`UniformQuantizationObserverBase`; qscheme is a per-tensor one.
+
+    Buffers: ``min_val``, ``max_val``: float32, 0-d; +inf and -inf before the first tensor.
+
+    Source: ``torch.ao.quantization.MinMaxObserver``.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = torch.finfo(torch.float32).eps,
+        is_dynamic: bool = False,
+        memoryless: bool = False,
+        **kwargs: Any,
+    ):
+        check_qscheme(type(self).__name__, qscheme, PER_TENSOR)
+        super().__init__(
+            dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs
+        )
+        self.memoryless = memoryless
+        if memoryless:
+            self._update = "memoryless"
+        device = torch.nn.factory_kwargs(factory_kwargs).get("device")
+        self.register_buffer("min_val", torch.tensor(torch.inf, device=device))
+        self.register_buffer("max_val", torch.tensor(-torch.inf, device=device))
+
+
+@offer_to_hosts
+class MovingAverageMinMaxObserver(MinMaxObserver):
+    """The moving average of the tensors' least and greatest values; the first counts in full.
+
+    Args:
+        averaging_constant: the weight of a new tensor, in (0, 1].
+        is_dynamic: only with ``averaging_constant=1``.
+        Others: :class:`MinMaxObserver`.
+
+    Source: ``torch.ao.quantization.MovingAverageMinMaxObserver``.
+    """
+
+    _update = "moving_average"
+    _weight = property(lambda self: self.averaging_constant)
+
+    def __init__(
+        self,
+        averaging_constant: float = 0.01,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float = torch.finfo(torch.float32).eps,
+        is_dynamic: bool = False,
+        **kwargs: Any,
+    ):
+        _check_averaging_constant(type(self).__name__, averaging_constant)
+        if is_dynamic and averaging_constant != 1:
+            raise NotImplementedError(
+                f"{type(self).__name__}: averaging_constant: expected 1 for dynamic quantization, "
+                f"got {averaging_constant}"
+            )
+        super().__init__(
+            dtype,
+            qscheme,
+            reduce_range,
+            quant_min,
+            quant_max,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            **kwargs,
+        )
+        self.averaging_constant = averaging_constant
+
+
+@offer_to_hosts
+class PerChannelMinMaxObserver(_MinMaxBase):
+    """The least and the greatest value of each channel of all tensors seen.
+
+    The state is sized once: here with ``num_channels``, else by the first tensor. A tensor with
+    another number of channels is an error after that.
+
+    Args:
+        ch_axis: the channel axis of the tensors; negative ones count from the last.
+        num_channels: size the state now, so that the first forward compiles and exports too.
+        memoryless: forget the earlier tensors each time (torch up to 1.12).
+        Others: :class:`UniformQuantizationObserverBase`; qscheme is a per-channel one.
+
+    Buffers: ``min_val``, ``max_val``: float32 ``(channels,)``; ``(0,)`` until sized.
+
+    Source: ``torch.ao.quantization.PerChannelMinMaxObserver``.
+    """
+
+    def __init__(
+        self,
+        ch_axis: int = 0,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_channel_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = torch.finfo(torch.float32).eps,
+        is_dynamic: bool = False,
+        memoryless: bool = False,
+        num_channels: int | None = None,
+        **kwargs: Any,
+    ):
+        check_qscheme(type(self).__name__, qscheme, PER_CHANNEL)
+        if is_dynamic:
+            raise NotImplementedError(
+                f"{type(self).__name__}: is_dynamic: expected False (no dynamic quantization per "
+                "channel), got True"
+            )
+        super().__init__(
+            dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs
+        )
+        self.memoryless = memoryless
+        if memoryless:
+            self._update = "memoryless"
+        self.ch_axis = self._axis = ch_axis
+        device = torch.nn.factory_kwargs(factory_kwargs).get("device")
+        size = (num_channels or 0,)
+        self.register_buffer("min_val", torch.full(size, torch.inf, device=device))
+        self.register_buffer("max_val", torch.full(size, -torch.inf, device=device))
+
+    def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
+        if self.min_val.numel() == 0 and x.numel() > 0:
+            self._observe_first(x, enabled)
+        else:
+            super().observe(x, enabled)
+
+    def _observe_first(self, x: Tensor, enabled: Tensor | None) -> None:
+        unsized = self.min_val, self.max_val
+        channels = x.shape[self.ch_axis] if -x.dim() <= self.ch_axis < x.dim() else 0
+        self.min_val = torch.full((channels,), torch.inf, device=unsized[0].device)
+        self.max_val = torch.full((channels,), -torch.inf, device=unsized[1].device)
+        try:
+            super().observe(x, enabled)
+        except Exception:
+            self.min_val, self.max_val = unsized
+            raise
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        version = local_metadata.get("version")
+        for name in ("min_val", "max_val"):
+            old = prefix + name + "s"
+            if (version is None or version < 3) and old in state_dict:
+                # renamed in version 3; a copy, for the caller's dict is not ours to change
+                state_dict = {(prefix + name if k == old else k): v for k, v in state_dict.items()}
+            value = state_dict.get(prefix + name)
+            if value is not None and value.numel() != getattr(self, name).numel():
+                # an empty buffer takes the size of the saved one, and the other way round
+                like = getattr(self, name)
+                setattr(self, name, torch.full((value.numel(),), torch.inf, device=like.device))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+@offer_to_hosts
+class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
+    """The moving average of each channel's least and greatest value; the first counts in full.
+
+    Args:
+        averaging_constant: the weight of a new tensor, in (0, 1].
+        Others: :class:`PerChannelMinMaxObserver`.
+
+    Source: ``torch.ao.quantization.MovingAveragePerChannelMinMaxObserver``.
+    """
+
+    _update = "moving_average"
+    _weight = property(lambda self: self.averaging_constant)
+
+    def __init__(
+        self,
+        averaging_constant: float = 0.01,
+        ch_axis: int = 0,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_channel_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float = torch.finfo(torch.float32).eps,
+        is_dynamic: bool = False,
+        **kwargs: Any,
+    ):
+        _check_averaging_constant(type(self).__name__, averaging_constant)
+        super().__init__(
+            ch_axis,
+            dtype,
+            qscheme,
+            reduce_range,
+            quant_min,
+            quant_max,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            **kwargs,
+        )
+        self.averaging_constant = averaging_constant
+
+
+def _check_averaging_constant(owner: str, averaging_constant: float) -> None:
+    if not 0.0 < averaging_constant <= 1.0:
+        raise ValueError(
+            f"{owner}: averaging_constant: expected a value in (0, 1], got {averaging_constant}"
+        )

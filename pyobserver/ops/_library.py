@@ -1,0 +1,41 @@
+"""Definition of the ops of the ``pyobserver`` namespace.
+
+Each op is defined here in Python, with a reference kernel that serves every device and a fake
+kernel for tracing; the compiled libraries only override the reference where they are loaded. So
+every op exists, and every class works, without a binary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("pyobserver", "DEF")
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define a kernel op and return its default overload.
+
+    The ops have no gradient formula of their own: autograd passes through them, and what is
+    differentiable (fake-quantize) is wrapped in an ``autograd.Function`` above them.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"pyobserver::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.pyobserver, name).default
+
+
+def define_composite(schema: str, function: Callable[..., Any]) -> Any:
+    """Define an op that is a Python composition of other ops, and differentiable through them."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    return getattr(torch.ops.pyobserver, name).default
+
+
+def no_fake_result(*args: Any, **kwargs: Any) -> None:
+    """The fake kernel of an op that only updates its arguments."""

@@ -1,0 +1,137 @@
+"""``choose_qparams``: scale and zero point of a range, written in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ._library import define, no_fake_result
+
+MAPPINGS = ("affine", "symmetric", "affine_float")
+
+
+def _check(
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    eps: Tensor,
+    quant_min: int,
+    quant_max: int,
+    mapping: str,
+    symmetric_zero_point: int,
+    enabled: Tensor | None,
+) -> None:
+    op = "choose_qparams"
+    _checks.check_state(op, "min_val", min_val, (torch.float32,))
+    _checks.check_state(op, "max_val", max_val, (torch.float32,), min_val.numel())
+    _checks.check_state(op, "scale", scale, (torch.float32,), min_val.numel())
+    integers = (torch.int32, torch.int64)
+    dtypes = (torch.float32,) if mapping == "affine_float" else integers
+    _checks.check_choice(op, "mapping", mapping, MAPPINGS)
+    _checks.check_state(op, "zero_point", zero_point, dtypes, min_val.numel())
+    _checks.check_state(op, "eps", eps, (torch.float32,), 1)
+    _checks.check_quant_range(op, quant_min, quant_max)
+    _checks.check_enabled(op, enabled)
+    others = {"max_val": max_val, "scale": scale, "zero_point": zero_point}
+    _checks.check_same_device(op, min_val, {**others, "eps": eps, "enabled": enabled})
+
+
+def reference(
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    eps: Tensor,
+    quant_min: int,
+    quant_max: int,
+    mapping: str = "affine",
+    symmetric_zero_point: int = 0,
+    enabled: Tensor | None = None,
+) -> None:
+    _check(
+        min_val, max_val, scale, zero_point, eps,
+        quant_min, quant_max, mapping, symmetric_zero_point, enabled,
+    )  # fmt: skip
+    low, high = min_val.reshape(scale.shape), max_val.reshape(scale.shape)
+    steps = float(quant_max - quant_min)
+    unseen = (low == torch.inf) & (high == -torch.inf)
+    if mapping == "symmetric":
+        bound = torch.maximum(-low.clamp(max=0.0), high.clamp(min=0.0))
+        new_scale = torch.maximum(bound / (steps / 2), eps)
+        new_zero = torch.full_like(zero_point, symmetric_zero_point)
+    else:
+        if mapping == "affine":
+            low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        width = (high - low) / steps
+        # a width above the greatest float32 has a scale all the same
+        width = torch.where(width == torch.inf, high / steps - low / steps, width)
+        if mapping == "affine":
+            new_scale = torch.maximum(width, eps)
+            shift = torch.round(low / new_scale).nan_to_num(0.0).to(torch.int64)
+            new_zero = (quant_min - shift).clamp(quant_min, quant_max)
+        else:
+            new_scale = torch.where(width > eps, width, 1.0)
+            new_zero = -1 * low / new_scale
+    new_scale = torch.where(unseen, 1.0, new_scale)
+    new_zero = torch.where(unseen, 0, new_zero)
+    if enabled is not None:
+        off = enabled.reshape(()) == 0
+        new_scale = torch.where(off, scale, new_scale)
+        new_zero = torch.where(off, zero_point, new_zero)
+    scale.copy_(new_scale)
+    zero_point.copy_(new_zero)
+
+
+_op = define(
+    "choose_qparams(Tensor min_val, Tensor max_val, Tensor(a!) scale, Tensor(b!) zero_point, "
+    "Tensor eps, int quant_min, int quant_max, str mapping='affine', int symmetric_zero_point=0, "
+    "Tensor? enabled=None) -> ()",
+    reference,
+    no_fake_result,
+)
+
+
+def choose_qparams(
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    eps: Tensor,
+    quant_min: int,
+    quant_max: int,
+    mapping: str = "affine",
+    symmetric_zero_point: int = 0,
+    enabled: Tensor | None = None,
+) -> None:
+    """Write the scale and zero point of the range [min_val, max_val], in place.
+
+    Args:
+        min_val, max_val: float32, n elements each. A range that was never fed (+inf, -inf) gets
+            scale 1 and zero point 0.
+        scale: float32, n elements, written.
+        zero_point: int32 or int64 (float32 for ``"affine_float"``), n elements, written.
+        eps: float32, one element: the least scale.
+        quant_min, quant_max: the integer grid.
+        mapping: ``"affine"``: zero is put into the range, the zero point is rounded to the grid.
+            ``"symmetric"``: scale ``2 * max(|min|, |max|) / (quant_max - quant_min)``, zero point
+            ``symmetric_zero_point``. ``"affine_float"``: the range as it is, zero point
+            ``-min / scale`` unrounded (torch's ``per_channel_affine_float_qparams``).
+        enabled: one element; 0 changes nothing.
+
+    Raises:
+        TypeError, ValueError: name the argument, what was expected and what came.
+
+    Source: ``UniformQuantizationObserverBase._calculate_qparams`` of torch 2.13; two results
+    differ: a width above the greatest float32 and an int32 zero point do not overflow.
+    """
+    args = (
+        min_val, max_val, scale, zero_point, eps,
+        quant_min, quant_max, mapping, symmetric_zero_point, enabled,
+    )  # fmt: skip
+    try:
+        _op(*args)
+    except RuntimeError:
+        _check(*args)
+        raise

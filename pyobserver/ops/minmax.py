@@ -1,0 +1,158 @@
+"""``minmax``: running, moving-average or memoryless minimum and maximum, updated in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ._library import define, no_fake_result
+
+UPDATES = ("running", "moving_average", "memoryless")
+
+
+def _check(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    axis: int | None,
+    update: str,
+    averaging_constant: float,
+    nonfinite: str,
+    enabled: Tensor | None,
+) -> None:
+    op = "minmax"
+    _checks.check_input(op, "x", x)
+    _checks.check_same_device(
+        op,
+        x,
+        {"min_val": min_val, "max_val": max_val, "nonfinite_count": nonfinite_count, "enabled": enabled},
+    )
+    numel = 1 if axis is None else None
+    _checks.check_state(op, "min_val", min_val, (torch.float32,), numel)
+    _checks.check_state(op, "max_val", max_val, (torch.float32,), numel)
+    _checks.check_state(op, "nonfinite_count", nonfinite_count, (torch.int64,), 1)
+    _checks.check_enabled(op, enabled)
+    _checks.check_choice(op, "update", update, UPDATES)
+    _checks.check_choice(op, "nonfinite", nonfinite, _checks.NONFINITE)
+    if not 0.0 < averaging_constant <= 1.0:
+        raise ValueError(
+            f"{op}: averaging_constant: expected a value in (0, 1], got {averaging_constant}"
+        )
+    if axis is not None:
+        axis = _checks.check_axis(op, x, axis)
+        _checks.check_channels(op, "min_val", min_val, x, axis)
+        _checks.check_channels(op, "max_val", max_val, x, axis)
+
+
+def finite_minmax(
+    x: Tensor, dims: tuple[int, ...] | None, nonfinite: str, op: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The minimum, maximum and the number of NaN and infinite values of a float32 tensor."""
+    finite = x.isfinite()
+    count = x.numel() - finite.sum()
+    if nonfinite == "raise" and int(count) > 0:
+        raise ValueError(
+            f"{op}: x: expected finite values, got {int(count)} NaN or infinite of {x.numel()}"
+        )
+    low, high = x, x
+    if nonfinite == "ignore":
+        low = torch.where(finite, x, torch.inf)
+        high = torch.where(finite, x, -torch.inf)
+    reduced = tuple(range(x.dim())) if dims is None else dims
+    # + 0.0 makes a zero positive, whichever of the two zeros came first
+    return low.amin(reduced) + 0.0, high.amax(reduced) + 0.0, count
+
+
+def reference(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    axis: int | None = None,
+    update: str = "running",
+    averaging_constant: float = 0.01,
+    nonfinite: str = "ignore",
+    enabled: Tensor | None = None,
+) -> None:
+    _check(x, min_val, max_val, nonfinite_count, axis, update, averaging_constant, nonfinite, enabled)
+    if x.numel() == 0:
+        return
+    x = x.detach().to(torch.float32)
+    dims = None if axis is None else tuple(d for d in range(x.dim()) if d != axis % x.dim())
+    if dims == ():
+        x, dims = x.unsqueeze(-1), (x.dim(),)
+    low, high, count = finite_minmax(x, dims, nonfinite, "minmax")
+    low, high = low.reshape(min_val.shape), high.reshape(max_val.shape)
+    unseen = low > high
+    if update == "running":
+        new_min, new_max = torch.minimum(min_val, low), torch.maximum(max_val, high)
+    elif update == "moving_average":
+        first = (min_val == torch.inf) & (max_val == -torch.inf)
+        new_min = torch.where(first, low, min_val + averaging_constant * (low - min_val))
+        new_max = torch.where(first, high, max_val + averaging_constant * (high - max_val))
+    else:
+        new_min, new_max = low, high
+    if enabled is not None:
+        off = enabled.reshape(()) == 0
+        unseen = unseen | off
+        count = count.masked_fill(off, 0)
+    min_val.copy_(torch.where(unseen, min_val, new_min))
+    max_val.copy_(torch.where(unseen, max_val, new_max))
+    nonfinite_count.add_(count)
+
+
+_op = define(
+    "minmax(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) nonfinite_count, "
+    "int? axis=None, str update='running', float averaging_constant=0.01, str nonfinite='ignore', "
+    "Tensor? enabled=None) -> ()",
+    reference,
+    no_fake_result,
+)
+
+
+def minmax(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    axis: int | None = None,
+    update: str = "running",
+    averaging_constant: float = 0.01,
+    nonfinite: str = "ignore",
+    enabled: Tensor | None = None,
+) -> None:
+    """Fold the minimum and maximum of ``x`` into ``min_val`` and ``max_val``, in place.
+
+    Args:
+        x: what to observe: any shape and strides; float32, float64, float16 or bfloat16. Values
+            are taken as float32 (float64 ones are rounded to it). An empty tensor changes nothing.
+        min_val, max_val: the state, float32: one element, or ``(x.shape[axis],)`` with ``axis``.
+            A fresh state holds +inf and -inf, and that is how the first batch is known.
+        nonfinite_count: int64, one element: the NaN and infinite values seen are added to it.
+        axis: the channel axis, or None for one range over the whole tensor.
+        update: ``"running"``: least and greatest value so far. ``"moving_average"``:
+            ``min_val + averaging_constant * (min(x) - min_val)`` in float32, the first batch in
+            full. ``"memoryless"``: of this ``x`` alone.
+        averaging_constant: in (0, 1].
+        nonfinite: ``"ignore"``: NaN and infinities are left out (a channel that has nothing else
+            keeps its range). ``"propagate"``: they enter the range as in torch.
+            ``"raise"``: they are an error, and the state stays as it was (reads the device).
+        enabled: one element (uint8, int64 or bool) read where the data is; 0 changes nothing.
+
+    Raises:
+        TypeError: a dtype or layout that is not served.
+        ValueError: a shape, axis, device or value that does not fit; names the argument.
+
+    Source: ``torch.aminmax`` and the update rules of ``torch.ao.quantization``'s MinMaxObserver
+    and MovingAverageMinMaxObserver.
+    """
+    args = (x, min_val, max_val, nonfinite_count, axis, update, averaging_constant, nonfinite, enabled)
+    try:
+        _op(*args)
+    except RuntimeError:
+        _check(*args)
+        if nonfinite == "raise":
+            finite_minmax(x.detach().float(), None, nonfinite, "minmax")
+        raise

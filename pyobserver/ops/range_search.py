@@ -1,0 +1,155 @@
+"""``range_search``: the greedy L2 search for the range that quantizes a histogram best."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ._library import define
+
+_STEP = 1e-5  # of the quantiles that the search moves by
+
+
+def _check(
+    counts: Tensor, min_val: Tensor, max_val: Tensor, num_levels: int, enabled: Tensor | None
+) -> None:
+    op = "range_search"
+    _checks.check_state(op, "counts", counts, (torch.float64,))
+    if counts.dim() == 0 or counts.shape[-1] < 2:
+        raise ValueError(
+            f"{op}: counts: expected shape (..., bins) with at least 2 bins, got {tuple(counts.shape)}"
+        )
+    histograms = counts.numel() // counts.shape[-1]
+    _checks.check_state(op, "min_val", min_val, (torch.float32,), histograms)
+    _checks.check_state(op, "max_val", max_val, (torch.float32,), histograms)
+    _checks.check_same_device(op, counts, {"min_val": min_val, "max_val": max_val, "enabled": enabled})
+    _checks.check_enabled(op, enabled)
+    if num_levels < 2:
+        raise ValueError(f"{op}: num_levels: expected at least 2, got {num_levels}")
+
+
+def _error(density: Tensor, bin_width: float, start: int, end: int, num_levels: int) -> float:
+    """The squared error of quantizing all bins with the levels laid over bins start..end.
+
+    Values spread evenly over their bin; each goes to the centre of its level, those outside to
+    the first or last. In float32 element by element, as torch does it, and summed in float64.
+    """
+    level_width = bin_width * (end - start + 1) / num_levels
+    half = torch.tensor(level_width / 2, dtype=torch.float32)
+    begin = (torch.arange(density.numel()) - start) * bin_width
+    finish = begin + bin_width
+    first = torch.div(begin, level_width, rounding_mode="floor").clamp(0, num_levels - 1)
+    last = torch.div(finish, level_width, rounding_mode="floor").clamp(0, num_levels - 1)
+
+    def norm(low: Tensor, high: Tensor) -> Tensor:
+        return density * ((high * high * high - low * low * low) / 3)
+
+    total = norm(begin - (first + 0.5) * level_width, half)
+    total = total + (last - first - 1) * norm(-half, half)
+    total = total + norm(-half, finish - (last * level_width + level_width / 2))
+    return float(total.double().sum())
+
+
+def _search(counts: Tensor, low: float, high: float, num_levels: int) -> tuple[int, int]:
+    """The first and the last bin that the search keeps."""
+    bins = counts.numel()
+    # scaling by a power of two changes no decision, and keeps the cubes inside float32
+    width = (high - low) / bins
+    bin_width = torch.frexp(torch.tensor(width, dtype=torch.float64)).mantissa.item()
+    density = counts.float() / bin_width
+    cumulative = counts.cumsum(0).float().tolist()
+    total = cumulative[-1]
+    rounded = torch.zeros((), dtype=torch.float32)  # comparisons with the quantiles are float32's
+    start, end = 0, bins - 1
+    alpha, beta = 0.0, 1.0
+    best = float("inf")
+    while alpha < beta:
+        next_alpha, next_beta = alpha + _STEP, beta - _STEP
+        left, right = start, end
+        lower = rounded.fill_(next_alpha * total).item()
+        while left < end and cumulative[left] < lower:
+            left += 1
+        upper = rounded.fill_(next_beta * total).item()
+        while right > start and cumulative[right] > upper:
+            right -= 1
+        next_start, next_end = start, end
+        if left - start > end - right:
+            next_start, alpha = left, next_alpha
+        else:
+            next_end, beta = right, next_beta
+        if (next_start, next_end) == (start, end):
+            continue
+        error = _error(density, bin_width, next_start, next_end, num_levels)
+        if error > best:
+            break
+        best, start, end = error, next_start, next_end
+    return start, end
+
+
+def reference(
+    counts: Tensor, min_val: Tensor, max_val: Tensor, num_levels: int, enabled: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(counts, min_val, max_val, num_levels, enabled)
+    if enabled is not None and int(enabled) == 0:
+        return min_val.clone(), max_val.clone()
+    bins = counts.shape[-1]
+    lows, highs = min_val.detach().cpu().reshape(-1), max_val.detach().cpu().reshape(-1)
+    starts, ends = torch.zeros_like(lows), torch.full_like(highs, bins)
+    searched = torch.zeros(lows.shape, dtype=torch.bool)
+    for i, histogram in enumerate(counts.detach().cpu().reshape(-1, bins)):
+        low, high = float(lows[i]), float(highs[i])
+        if abs(low) < float("inf") and abs(high) < float("inf") and low < high and histogram.sum() > 0:
+            start, end = _search(histogram, low, high, num_levels)
+            starts[i], ends[i], searched[i] = start, end + 1, True
+    width = (highs - lows) / bins
+    width = torch.where(width.isinf(), highs / bins - lows / bins, width)
+    new_min = torch.where(searched, lows + width * starts, lows).reshape(min_val.shape)
+    new_max = torch.where(searched, lows + width * ends, highs).reshape(max_val.shape)
+    return new_min.to(min_val.device), new_max.to(max_val.device)
+
+
+def _fake(
+    counts: Tensor, min_val: Tensor, max_val: Tensor, num_levels: int, enabled: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(min_val), torch.empty_like(max_val)
+
+
+_op = define(
+    "range_search(Tensor counts, Tensor min_val, Tensor max_val, int num_levels, "
+    "Tensor? enabled=None) -> (Tensor, Tensor)",
+    reference,
+    _fake,
+)
+
+
+def range_search(
+    counts: Tensor, min_val: Tensor, max_val: Tensor, num_levels: int, enabled: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The range of a histogram whose quantization to ``num_levels`` errs least, found greedily.
+
+    From both ends the range is drawn in by quantiles of 1e-5, the end with the larger step in
+    bins first, until the squared error grows for the first time.
+
+    Args:
+        counts: float64 ``(..., bins)``: one histogram, or many.
+        min_val, max_val: float32, one element for each histogram: the ends of its bins.
+        num_levels: levels of the quantized type, at least 2 (256 for 8 bits).
+        enabled: one element (uint8, int64 or bool); 0 searches nothing and keeps the range.
+
+    Returns:
+        The chosen minimum and maximum, float32, shaped as ``min_val``. A histogram that is empty,
+        has one value or a range that is not finite keeps its range.
+
+    Raises:
+        TypeError, ValueError: name the argument, what was expected and what came.
+
+    Source: ``HistogramObserver._non_linear_param_search`` of torch 2.13, after caffe2's
+    ``NormMinimization::NonlinearQuantizationParamsSearch``. Ranges so large or small that the
+    cubes leave float32 are searched all the same.
+    """
+    try:
+        return _op(counts, min_val, max_val, num_levels, enabled)
+    except RuntimeError:
+        _check(counts, min_val, max_val, num_levels, enabled)
+        raise

@@ -1,0 +1,57 @@
+"""The kernels that a case is run over: the reference, each CPU ISA of this machine, CUDA."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import pyobserver
+
+_REFERENCES = {
+    "minmax": ("minmax", "reference"),
+    "histogram": ("histogram", "reference"),
+    "histogram_combine": ("histogram", "reference_combine"),
+    "range_search": ("range_search", "reference"),
+    "choose_qparams": ("choose_qparams", "reference"),
+    "_fake_quantize": ("fake_quantize", "reference"),
+    "_fake_quantize_mask": ("fake_quantize", "reference_mask"),
+    "_fake_quantize_backward": ("fake_quantize", "reference_backward"),
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op; ``select`` makes it the one that the dispatcher takes."""
+
+    name: str
+    device: str = "cpu"
+    isa: str | None = None
+
+    def op(self, name: str) -> Callable[..., Any]:
+        """The kernel of an op, called with the op's positional arguments."""
+        if self.name == "reference":
+            module, function = _REFERENCES[name]
+            return getattr(importlib.import_module(f"pyobserver.ops.{module}"), function)
+        return getattr(torch.ops.pyobserver, name).default
+
+    def select(self) -> None:
+        if self.isa is not None:
+            pyobserver.native_status.build.set_cpu_isa(self.isa)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def backends() -> list[Backend]:
+    """All that this machine can run."""
+    found = [Backend("reference")]
+    status = pyobserver.native_status
+    if status.cpu:
+        found += [Backend(f"cpu-{isa}", isa=isa) for isa in status.build.cpu_isas()]
+    if torch.cuda.is_available():
+        found.append(Backend("cuda", device="cuda"))
+    return found
