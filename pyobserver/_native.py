@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +36,8 @@ def _load_library(device: str) -> str | None:
     """Load one library; returns why not, or None."""
     path = _HERE / _LIBRARIES[device]
     if not path.exists():
-        return f"{path.name} was not built (see the messages of the install)"
+        note = _HERE / "_build_note.txt"
+        return note.read_text().strip() if note.exists() else f"{path.name} was not built"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -53,7 +55,14 @@ def _load() -> NativeStatus:
     reason = _load_library("cpu")
     if reason is not None:
         if wanted == "require":
-            raise ImportError(f"PYOBSERVER_NATIVE=require, but {reason}")
+            raise ImportError(f"PYOBSERVER_NATIVE=require, but the native library is absent: {reason}")
+        # pip hides what an install says, so it is said here
+        warnings.warn(
+            f"pyobserver runs in pure PyTorch, which is slower: {reason} "
+            "(PYOBSERVER_NATIVE=0 accepts that)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return NativeStatus(False, False, reason, reason, None)
     from . import _C
 

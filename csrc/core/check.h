@@ -1,0 +1,114 @@
+// Argument checks of the glue. Each message names the op, the argument, what was expected and
+// what came. They are the last line: the Python functions give the same failures as TypeError and
+// ValueError.
+#pragma once
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+#include "torch_api.h"
+
+namespace pyobserver {
+
+template <class... Parts>
+inline void check(bool condition, const Parts&... parts) {
+  if (__builtin_expect(!condition, 0)) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+  }
+}
+
+inline DType input_dtype(const char* op, const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    default:
+      check(false, op, ": ", name,
+            ": expected a dense tensor of float32, float64, float16 or bfloat16, got ",
+            torch::headeronly::toString(x.scalar_type()));
+      return DType::float32;
+  }
+}
+
+// A tensor of state or parameters: on the device of the data, contiguous, of one dtype.
+inline void check_state(const char* op, const char* name, const Tensor& state, const Tensor& x,
+                        ScalarType dtype) {
+  check(state.scalar_type() == dtype, op, ": ", name, ": expected ",
+        torch::headeronly::toString(dtype), ", got ",
+        torch::headeronly::toString(state.scalar_type()));
+  check(state.is_cpu() == x.is_cpu() && state.get_device_index() == x.get_device_index(), op, ": ",
+        name, ": expected a tensor on the device of the data");
+  check(state.is_contiguous(), op, ": ", name, ": expected a contiguous tensor");
+}
+
+inline void check_numel(const char* op, const char* name, const Tensor& state, int64_t numel) {
+  check(state.numel() == numel, op, ": ", name, ": expected ", numel, " elements, got ",
+        state.numel());
+}
+
+inline void check_channels(const char* op, const char* name, const Tensor& state,
+                           int64_t channels) {
+  check(state.dim() == 1 && state.numel() == channels, op, ": ", name, ": expected shape (",
+        channels, ",), one value for each channel, got ", state.numel(), " values in ", state.dim(),
+        " dimensions");
+}
+
+inline int64_t check_axis(const char* op, const Tensor& x, int64_t axis) {
+  check(-x.dim() <= axis && axis < x.dim(), op, ": axis: expected a value in [", -x.dim(), ", ",
+        x.dim() - 1, "], got ", axis);
+  return axis < 0 ? axis + x.dim() : axis;
+}
+
+inline void check_quant_range(const char* op, int64_t quant_min, int64_t quant_max) {
+  check(quant_min < quant_max, op,
+        ": quant_min: expected a value below quant_max, got quant_min=", quant_min,
+        ", quant_max=", quant_max);
+}
+
+enum class Nonfinite { ignore, propagate, raise };
+
+inline Nonfinite parse_nonfinite(const char* op, const std::string& name) {
+  if (name == "ignore") {
+    return Nonfinite::ignore;
+  }
+  if (name == "propagate") {
+    return Nonfinite::propagate;
+  }
+  check(name == "raise", op, ": nonfinite: expected one of ignore, propagate, raise, got '", name,
+        "'");
+  return Nonfinite::raise;
+}
+
+inline void check_switch(const char* op, const std::optional<Tensor>& enabled, const Tensor& x) {
+  if (!enabled.has_value()) {
+    return;
+  }
+  const ScalarType dtype = enabled->scalar_type();
+  check(dtype == ScalarType::Byte || dtype == ScalarType::Bool || dtype == ScalarType::Long, op,
+        ": enabled: expected uint8, int64 or bool, got ", torch::headeronly::toString(dtype));
+  check_state(op, "enabled", *enabled, x, dtype);
+  check_numel(op, "enabled", *enabled, 1);
+}
+
+// The switch of an op, where there is one, read on the host: for the CPU kernels.
+inline bool is_off(const char* op, const std::optional<Tensor>& enabled, const Tensor& x) {
+  check_switch(op, enabled, x);
+  if (!enabled.has_value()) {
+    return false;
+  }
+  const void* flag = enabled->const_data_ptr();
+  return enabled->scalar_type() == ScalarType::Long ? *static_cast<const int64_t*>(flag) == 0
+                                                    : *static_cast<const uint8_t*>(flag) == 0;
+}
+
+}  // namespace pyobserver

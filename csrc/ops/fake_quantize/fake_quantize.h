@@ -1,0 +1,90 @@
+// fake_quantize: to the integers of a grid and back.
+//
+//   q = clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max)
+//   y = (q - zero_point) * scale
+//
+// Halves round to even. With a float zero point the sum is rounded, not the product. +inf gives
+// quant_max, -inf and NaN quant_min. Whether a value was inside the grid is kept as one bit, in
+// the order of the output's memory, for the backward: grad_x = grad_y * bit.
+//
+// Which roundings happen is torch's: with one scale the result is computed in float32, with a
+// scale for each channel in float64. For float32 and shorter types on a grid whose integers
+// float32 holds exactly the two are the same, and the first is used.
+#pragma once
+
+#include "../../core/cpu_isa.h"
+#include "../../core/dtype.h"
+
+namespace pyobserver {
+
+struct QuantGrid {
+  float quant_min, quant_max;
+  double wide_min, wide_max;
+  bool float_zero_point;  // add the zero point before rounding
+  bool wide;              // the result in float64
+};
+
+PYOBS_HD float round_even(float value) { return __builtin_nearbyintf(value); }
+PYOBS_HD double round_even(double value) { return __builtin_nearbyint(value); }
+
+// The type that x is scaled in: float32, or float64 for float64.
+PYOBS_HD float widen(float value) { return value; }
+PYOBS_HD float widen(Half value) { return to_float(value); }
+PYOBS_HD float widen(BFloat16 value) { return to_float(value); }
+PYOBS_HD double widen(double value) { return value; }
+
+template <class Compute>
+PYOBS_HD Compute to_grid(Compute x, float inverse_scale, float zero_point, bool float_zero_point) {
+  const Compute scaled = x * static_cast<Compute>(inverse_scale);
+  const Compute zero = static_cast<Compute>(zero_point);
+  return float_zero_point ? round_even(scaled + zero) : round_even(scaled) + zero;
+}
+
+template <class Compute>
+PYOBS_HD float from_grid(Compute q, float scale, float zero_point, const QuantGrid& grid,
+                         bool* inside) {
+  const Compute low = static_cast<Compute>(grid.quant_min);
+  const Compute high = static_cast<Compute>(grid.quant_max);
+  *inside = (q >= low) & (q <= high);
+  q = q > low ? q : low;  // a NaN fails the comparison
+  q = q < high ? q : high;
+  return (static_cast<float>(q) - zero_point) * scale;
+}
+
+template <class Compute>
+PYOBS_HD double from_grid_wide(Compute q, float scale, double zero_point, const QuantGrid& grid,
+                               bool* inside) {
+  double wide = static_cast<double>(q);
+  *inside = (wide >= grid.wide_min) & (wide <= grid.wide_max);
+  wide = wide > grid.wide_min ? wide : grid.wide_min;
+  wide = wide < grid.wide_max ? wide : grid.wide_max;
+  return (wide - zero_point) * static_cast<double>(scale);
+}
+
+PYOBS_HD void store(double value, double* out) { *out = value; }
+template <class T>
+PYOBS_HD void store(double value, T* out) {
+  from_float(static_cast<float>(value), out);
+}
+
+// The scales of a tensor: `channels` of them; in memory order element i has
+// (i / inner) % channels.
+struct ChannelParams {
+  const float* scale;
+  const float* inverse_scale;
+  const double* zero_point;
+  int64_t channels, inner;
+};
+
+struct FakeQuantizeTable {
+  // Elements [begin, end) of memory order; begin is a multiple of 8 where there is a mask.
+  // mask: may be null, one bit an element.
+  void (*forward)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
+                  const ChannelParams& params, const QuantGrid& grid);
+  void (*backward)(DType dtype, const void* grad, const uint8_t* mask, void* out, int64_t begin,
+                   int64_t end);
+};
+
+PYOBS_KERNEL_TABLE(FakeQuantizeTable, fake_quantize_table)
+
+}  // namespace pyobserver

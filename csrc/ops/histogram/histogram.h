@@ -1,0 +1,108 @@
+// histogram: linear bins over [low, high], and how counts are carried to a wider range.
+//
+// The bin of a value is that of torch.histc: (x - left) * bins / (right - left) in float32, cut
+// to an integer, the last bin closed. Where that would leave float32 it is float64. A range of one
+// value has the bins of [value - 1, value + 1].
+#pragma once
+
+#include "../../core/cpu_isa.h"
+#include "../../core/dtype.h"
+
+namespace pyobserver {
+
+enum class Combine { midpoint, aligned };
+
+struct BinGrid {
+  float left, width;
+  double wide_left, wide_width;
+  int32_t bins;
+  bool wide;     // the float32 product would overflow
+  bool unsplit;  // a constant so large that adding one does not change it
+};
+
+PYOBS_HD BinGrid bin_grid(float low, float high, int32_t bins) {
+  const float left = low == high ? low - 1.0f : low;
+  const float right = low == high ? high + 1.0f : high;
+  BinGrid grid;
+  grid.left = left;
+  grid.width = right - left;
+  grid.wide_left = left;
+  grid.wide_width = static_cast<double>(right) - static_cast<double>(left);
+  grid.bins = bins;
+  grid.wide = !is_finite(grid.width * static_cast<float>(bins));
+  grid.unsplit = grid.width == 0.0f;
+  return grid;
+}
+
+// The bin of a finite value inside the range.
+PYOBS_HD int32_t bin_index(float x, const BinGrid& grid) {
+  int32_t index;
+  if (grid.unsplit) {
+    return grid.bins / 2;
+  }
+  if (grid.wide) {
+    index = static_cast<int32_t>((static_cast<double>(x) - grid.wide_left) * grid.bins /
+                                 grid.wide_width);
+  } else {
+    index = static_cast<int32_t>((x - grid.left) * static_cast<float>(grid.bins) / grid.width);
+  }
+  index = index > grid.bins - 1 ? grid.bins - 1 : index;
+  return index < 0 ? 0 : index;
+}
+
+// Element `index` of torch.linspace(low, high, steps) in float32, whose multiply-add is one
+// rounding, hence float64 here.
+PYOBS_HD float linspace(float low, float high, int64_t steps, int64_t index) {
+  const float narrow = (high - low) / static_cast<float>(steps - 1);
+  const double step = is_finite(narrow) ? static_cast<double>(narrow)
+                                        : (static_cast<double>(high) - static_cast<double>(low)) /
+                                              static_cast<double>(steps - 1);
+  return static_cast<float>(index < steps / 2
+                                ? static_cast<double>(low) + step * static_cast<double>(index)
+                                : static_cast<double>(high) -
+                                      step * static_cast<double>(steps - 1 - index));
+}
+
+// The common grid of an old and a wider range: parts of an old bin, so many of which make a new
+// bin, the old range so many parts in, and the new maximum relaxed to a whole number of them.
+struct AlignedGrid {
+  float high;
+  double parts_per_bin, offset;
+};
+
+PYOBS_HD AlignedGrid aligned_grid(float low, float high, float new_low, float new_high,
+                                  int32_t bins, int64_t upsample_rate) {
+  const double part = (static_cast<double>(high) - static_cast<double>(low)) /
+                      static_cast<double>(bins * upsample_rate);
+  const double new_width = static_cast<double>(new_high) - static_cast<double>(new_low);
+  AlignedGrid grid;
+  grid.parts_per_bin = __builtin_ceil(new_width / (bins * part));
+  const double relaxed = static_cast<double>(new_low) + grid.parts_per_bin * (bins * part);
+  const float narrowed = static_cast<float>(relaxed < 0x1.fffffep127 ? relaxed : 0x1.fffffep127);
+  grid.high = narrowed > new_high ? narrowed : new_high;
+  grid.offset =
+      __builtin_nearbyint((static_cast<double>(low) - static_cast<double>(new_low)) / part);
+  return grid;
+}
+
+// Counts up to part `index * parts_per_bin - offset` of the old bins, in O(1): `before` holds the
+// counts before each old bin.
+PYOBS_HD double aligned_cumulative(const double* counts, const double* before, int32_t bins,
+                                   int64_t upsample_rate, const AlignedGrid& grid, int32_t index) {
+  const double parts = static_cast<double>(bins * upsample_rate);
+  const double rate = static_cast<double>(upsample_rate);
+  double part = index == bins ? parts : index * grid.parts_per_bin - grid.offset;
+  part = part > 0.0 ? (part < parts ? part : parts) : 0.0;
+  const double whole = __builtin_floor(part / rate);
+  const int32_t bin = whole < bins - 1 ? static_cast<int32_t>(whole) : bins - 1;
+  return before[bin] + counts[bin] * ((part - bin * rate) / rate);
+}
+
+struct HistogramTable {
+  // Adds the bins of n values to counts[0..bins]; what is not finite goes to counts[bins].
+  void (*bin)(DType dtype, const void* x, int64_t n, const BinGrid& grid, int64_t* counts);
+};
+
+PYOBS_KERNEL_TABLE(HistogramTable, histogram_table)
+
+}  // namespace pyobserver

@@ -1,0 +1,67 @@
+// minmax: the least and greatest value of a tensor, or of each channel, folded into a state.
+//
+//   running:         min' = min(min, cur)
+//   moving average:  min' = min + c * (cur - min); the first batch, known by min = +inf and
+//                    max = -inf, in full
+//   memoryless:      min' = cur
+//
+// Values are taken as float32. NaN and infinities are left out, or let in as torch does. The
+// result does not depend on how the work is cut: minimum and maximum are exact.
+#pragma once
+
+#include "../../core/cpu_isa.h"
+#include "../../core/dtype.h"
+
+namespace pyobserver {
+
+enum class MinmaxUpdate { running, moving_average, memoryless };
+
+struct Range {
+  float low;
+  float high;
+};
+
+PYOBS_HD Range empty_range() { return {__builtin_huge_valf(), -__builtin_huge_valf()}; }
+
+PYOBS_HD bool is_empty(Range range) { return range.low > range.high; }
+
+// With NaN in either, NaN, as torch.minimum and torch.maximum have it.
+PYOBS_HD Range merge(Range a, Range b) {
+  return {(b.low < a.low || b.low != b.low) ? b.low : a.low,
+          (b.high > a.high || b.high != b.high) ? b.high : a.high};
+}
+
+PYOBS_HD Range fold(Range state, Range current, MinmaxUpdate update, float averaging_constant) {
+  if (is_empty(current)) {
+    return state;
+  }
+  current.low += 0.0f;  // a zero is positive, whichever of the two came first
+  current.high += 0.0f;
+  const Range unfed = empty_range();
+  const bool first = state.low == unfed.low && state.high == unfed.high;
+  switch (update) {
+    case MinmaxUpdate::running:
+      return merge(state, current);
+    case MinmaxUpdate::moving_average:
+      if (!first) {
+        return {state.low + averaging_constant * (current.low - state.low),
+                state.high + averaging_constant * (current.high - state.high)};
+      }
+      return current;
+    default:
+      return current;
+  }
+}
+
+struct MinmaxTable {
+  // Merges n values into *range; returns how many were NaN or infinite.
+  int64_t (*tensor)(DType dtype, const void* x, int64_t n, bool finite_only, Range* range);
+  // The same for x of [outer][channels][inner] and the channels [first, last), into lows[c] and
+  // highs[c].
+  int64_t (*channels)(DType dtype, const void* x, int64_t outer, int64_t channels, int64_t inner,
+                      int64_t first, int64_t last, bool finite_only, float* lows, float* highs);
+};
+
+PYOBS_KERNEL_TABLE(MinmaxTable, minmax_table)
+
+}  // namespace pyobserver

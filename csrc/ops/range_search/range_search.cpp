@@ -1,0 +1,78 @@
+// CPU glue of range_search.
+#include "range_search.h"
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../../core/check.h"
+#include "../../core/dense.h"
+
+namespace pyobserver {
+namespace {
+
+constexpr const char* kOp = "range_search";
+
+std::tuple<Tensor, Tensor> range_search(const Tensor& counts, const Tensor& min_val,
+                                        const Tensor& max_val, int64_t num_levels,
+                                        std::optional<Tensor> enabled) {
+  check_state(kOp, "counts", counts, counts, ScalarType::Double);
+  check(counts.dim() >= 1 && counts.size(counts.dim() - 1) >= 2 &&
+            counts.size(counts.dim() - 1) < (1 << 30),
+        kOp, ": counts: expected shape (..., bins) with at least 2 bins, got ", counts.dim(),
+        " dimensions and ", counts.numel(), " values");
+  const int32_t bins = static_cast<int32_t>(counts.size(counts.dim() - 1));
+  const int64_t histograms = counts.numel() / bins;
+  check_state(kOp, "min_val", min_val, counts, ScalarType::Float);
+  check_state(kOp, "max_val", max_val, counts, ScalarType::Float);
+  check_numel(kOp, "min_val", min_val, histograms);
+  check_numel(kOp, "max_val", max_val, histograms);
+  check(num_levels >= 2, kOp, ": num_levels: expected at least 2, got ", num_levels);
+  const bool off = is_off(kOp, enabled, counts);
+
+  const Tensor new_min = empty_output(min_val);
+  const Tensor new_max = empty_output(max_val);
+  const double* all_counts = counts.const_data_ptr<double>();
+  const float* lows = min_val.const_data_ptr<float>();
+  const float* highs = max_val.const_data_ptr<float>();
+  float* new_lows = new_min.mutable_data_ptr<float>();
+  float* new_highs = new_max.mutable_data_ptr<float>();
+  const auto& table = range_search_table();
+  const auto search = [&](int64_t i, float* scratch) {
+    const double* histogram = all_counts + i * bins;
+    double total = 0.0;
+    for (int32_t bin = 0; bin < bins; ++bin) {
+      total += histogram[bin];
+    }
+    new_lows[i] = lows[i];
+    new_highs[i] = highs[i];
+    if (off || !is_finite(lows[i]) || !is_finite(highs[i]) || !(lows[i] < highs[i]) ||
+        !(total > 0.0)) {
+      return;
+    }
+    const double width = (static_cast<double>(highs[i]) - static_cast<double>(lows[i])) / bins;
+    const BinSpan span = table.greedy_l2(histogram, bins, width, num_levels, scratch);
+    const float narrow = (highs[i] - lows[i]) / static_cast<float>(bins);
+    const float step = is_finite(narrow) ? narrow : highs[i] / bins - lows[i] / bins;
+    new_lows[i] = lows[i] + step * static_cast<float>(span.first);
+    new_highs[i] = lows[i] + step * static_cast<float>(span.last + 1);
+  };
+  const int64_t parts =
+      std::min<int64_t>(histograms, static_cast<int64_t>(torch::stable::get_num_threads()));
+  if (parts > 0) {
+    std::vector<float> scratch(parts * 2 * bins);
+    for_each_part(histograms, parts, 1, [&](int64_t part, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        search(i, &scratch[part * 2 * bins]);
+      }
+    });
+  }
+  return {new_min, new_max};
+}
+
+}  // namespace
+}  // namespace pyobserver
+
+STABLE_TORCH_LIBRARY_IMPL(pyobserver, CPU, m) {
+  m.impl("range_search", TORCH_BOX(&pyobserver::range_search));
+}

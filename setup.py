@@ -1,0 +1,106 @@
+"""Drives CMake from pip. What is built, and how, is said in CMakeLists.txt; torch is not imported.
+
+Environment: PYOBSERVER_NATIVE=0 installs the pure-PyTorch package, =require makes a missing
+compiler an error; PYOBSERVER_CUDA=auto|0|1; PYOBSERVER_WERROR=1; PYOBSERVER_BUILD_DIR; MAX_JOBS;
+CMAKE_ARGS for anything else.
+"""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+NATIVE = os.environ.get("PYOBSERVER_NATIVE", "1")
+
+
+def find_torch() -> bool:
+    """Whether the interpreter has torch; the flags see past pip's build isolation."""
+    probe = "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"
+    flags = ([], ["-I"], ["-E"])
+    return any(subprocess.run([sys.executable, *f, "-c", probe]).returncode == 0 for f in flags)
+
+
+def tool(name: str) -> str:
+    """A build tool: of the build environment if it is there, else of the machine."""
+    found = shutil.which(name)
+    if found is None:
+        sys.exit(f"pyobserver: {name} was not found; install it: pip install {name}")
+    return found
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        destination = ROOT if self.inplace else Path(self.build_lib).resolve()
+        note = destination / "pyobserver" / "_build_note.txt"
+        reason = self.reason_for_none()
+        if reason is None:
+            self.build_native(destination)
+            note.unlink(missing_ok=True)
+        else:
+            self.warn(f"{reason}: installing the pure-PyTorch package, which is slower")
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"not built: {reason}\n")
+
+    def reason_for_none(self) -> "str | None":
+        """Why the native library is not built; None if it is."""
+        if NATIVE == "0":
+            return "PYOBSERVER_NATIVE=0 at install"
+        if not find_torch():
+            sys.exit(
+                "pyobserver builds against the torch that is installed, and there is none: install "
+                "torch first, then run this again (with --no-build-isolation if that was not pip)"
+            )
+        compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+        if not any(shutil.which(shlex.split(compiler)[0]) for compiler in compilers):
+            reason = f"no C++ compiler was found ({', '.join(compilers)})"
+            if NATIVE == "require":
+                sys.exit(f"pyobserver: PYOBSERVER_NATIVE=require, but {reason}")
+            return reason
+        return None
+
+    def build_native(self, destination: Path) -> None:
+        tag = f"{sys.implementation.cache_tag}-{self.plat_name}"
+        build = Path(os.environ.get("PYOBSERVER_BUILD_DIR", ROOT / "build" / f"cmake-{tag}"))
+        if importlib.util.find_spec("pybind11") is None:
+            sys.exit("pyobserver: pybind11 was not found; install it: pip install pybind11")
+        import pybind11
+
+        cmake = tool("cmake")
+        # a build folder used again must not remember tools of a deleted isolated environment
+        configure = [
+            cmake,
+            "-GNinja",
+            f"-S{ROOT}",
+            f"-B{build}",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPYOBSERVER_CUDA={os.environ.get('PYOBSERVER_CUDA', 'auto')}",
+            f"-DPYOBSERVER_WERROR={os.environ.get('PYOBSERVER_WERROR', '0')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+        install = [cmake, "--install", str(build), "--prefix", str(destination)]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
+            subprocess.run(install, check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(
+                f"pyobserver: the native build failed ({shlex.join(error.cmd[:2])} …, messages "
+                "above); PYOBSERVER_NATIVE=0 installs the pure-PyTorch package instead"
+            )
+
+    def get_outputs(self) -> "list[str]":
+        return []
+
+
+# one extension, so that the wheel is of this platform; CMake decides what it holds
+setup(ext_modules=[Extension("pyobserver._C", [])], cmdclass={"build_ext": CMakeBuild})
