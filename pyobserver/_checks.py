@@ -41,7 +41,9 @@ def check_state(
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{op}: {name}: expected {wanted}, got {_describe(state)}")
     if not state.is_contiguous():
-        raise ValueError(f"{op}: {name}: expected a contiguous tensor, got strides {state.stride()}")
+        raise ValueError(
+            f"{op}: {name}: expected a contiguous tensor, got strides {state.stride()}"
+        )
     if numel is not None and state.numel() != numel:
         raise ValueError(
             f"{op}: {name}: expected {numel} element{'s' if numel != 1 else ''}, "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +34,20 @@ class NativeStatus:
     build: ModuleType | None
 
 
-def _load_library(device: str) -> str | None:
+def _library_folder() -> Path:
+    """The package's folder; in a checkout that is imported as it is, the one CMake built in."""
+    if not (_HERE / _LIBRARIES["cpu"]).exists():
+        for built in sorted(
+            (_HERE.parent / "build").glob(f"cmake-{sys.implementation.cache_tag}-*")
+        ):
+            if (built / _LIBRARIES["cpu"]).exists():
+                return built
+    return _HERE
+
+
+def _load_library(folder: Path, device: str) -> str | None:
     """Load one library; returns why not, or None."""
-    path = _HERE / _LIBRARIES[device]
+    path = folder / _LIBRARIES[device]
     if not path.exists():
         note = _HERE / "_build_note.txt"
         return note.read_text().strip() if note.exists() else f"{path.name} was not built"
@@ -45,17 +58,31 @@ def _load_library(device: str) -> str | None:
     return None
 
 
+def _import_build_module(folder: Path) -> ModuleType:
+    (path,) = folder.glob(f"_C.{sys.implementation.cache_tag}-*.so")
+    spec = importlib.util.spec_from_file_location("pyobserver._C", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def _load() -> NativeStatus:
     wanted = os.environ.get("PYOBSERVER_NATIVE", "1")
     if wanted not in ("0", "1", "require"):
         raise ValueError(f"PYOBSERVER_NATIVE: expected 0, 1 or require, got {wanted!r}")
     if wanted == "0":
-        reason = "switched off by PYOBSERVER_NATIVE=0"
-        return NativeStatus(False, False, reason, reason, None)
-    reason = _load_library("cpu")
+        off = "switched off by PYOBSERVER_NATIVE=0"
+        return NativeStatus(False, False, off, off, None)
+    folder = _library_folder()
+    reason = _load_library(folder, "cpu")
     if reason is not None:
         if wanted == "require":
-            raise ImportError(f"PYOBSERVER_NATIVE=require, but the native library is absent: {reason}")
+            raise ImportError(
+                f"PYOBSERVER_NATIVE=require, but the native library is absent: {reason}"
+            )
         # pip hides what an install says, so it is said here
         warnings.warn(
             f"pyobserver runs in pure PyTorch, which is slower: {reason} "
@@ -64,15 +91,14 @@ def _load() -> NativeStatus:
             stacklevel=2,
         )
         return NativeStatus(False, False, reason, reason, None)
-    from . import _C
-
+    build = _import_build_module(folder)
     forced = os.environ.get("PYOBSERVER_ISA")
     if forced:
-        _C.set_cpu_isa(forced)
+        build.set_cpu_isa(forced)
     cuda_reason: str | None = "torch sees no CUDA device"
     if torch.cuda.is_available():
-        cuda_reason = _load_library("cuda")
-    return NativeStatus(True, cuda_reason is None, None, cuda_reason, _C)
+        cuda_reason = _load_library(folder, "cuda")
+    return NativeStatus(True, cuda_reason is None, None, cuda_reason, build)
 
 
 status = _load()

@@ -20,7 +20,7 @@ from .observers import (
     default_fixed_qparams_range_neg1to1_observer,
 )
 from .observers.base import StatisticsModule
-from .ops import fake_quantize
+from .ops.fake_quantize import fake_quantize
 
 
 @offer_to_hosts
@@ -244,7 +244,7 @@ def enable_fake_quant(mod: nn.Module) -> None:
 
 
 def disable_observer(mod: nn.Module) -> None:
-    """Freeze statistics and scale of one fake-quantize module: ``model.apply(disable_observer)``."""
+    """Freeze one fake-quantize module's statistics: ``model.apply(disable_observer)``."""
     if isinstance(mod, FakeQuantizeBase):
         mod.disable_observer()
 

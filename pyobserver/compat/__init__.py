@@ -1,4 +1,4 @@
-"""Where pyobserver meets other frameworks; none of them is imported from here on its own account."""
+"""Where pyobserver meets other frameworks; none of them is imported from here by itself."""
 
 from .hosts import register_with_hosts
 

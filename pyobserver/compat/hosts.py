@@ -49,7 +49,9 @@ def register_with_hosts() -> None:
             continue
         module = sys.modules[host]
         known = {name: vars(module).get(name) for name in _registered}
-        if any(cls is None and name in getattr(module, "__all__", ()) for name, cls in known.items()):
+        if any(
+            cls is None and name in getattr(module, "__all__", ()) for name, cls in known.items()
+        ):
             continue  # still being imported
         _joined.add(host)
         for name, host_class in known.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import _checks
 from ..compat.hosts import offer_to_hosts, register_with_hosts
 from ..dtypes import PER_CHANNEL, PER_TENSOR, SYMMETRIC, check_qscheme, quant_bounds
-from ..ops import choose_qparams
+from ..ops.choose_qparams import choose_qparams
 from .factory import FactoryMixin
 
 _EPS = torch.finfo(torch.float32).eps
@@ -176,7 +176,9 @@ class UniformQuantizationObserverBase(ObserverBase):
         self._write_qparams(min_val, max_val, scale, zero_point, None)
         return scale, zero_point
 
-    def write_qparams(self, scale: Tensor, zero_point: Tensor, enabled: Tensor | None = None) -> None:
+    def write_qparams(
+        self, scale: Tensor, zero_point: Tensor, enabled: Tensor | None = None
+    ) -> None:
         """Write scale and zero point in place; no device sync, no warning.
 
         Args:

@@ -33,9 +33,7 @@ default_dynamic_quant_observer = PlaceholderObserver.with_args(
 default_float_qparams_observer = PerChannelMinMaxObserver.with_args(
     dtype=torch.quint8, qscheme=torch.per_channel_affine_float_qparams, ch_axis=0
 )
-default_float_qparams_observer_4bit = default_float_qparams_observer.with_args(
-    dtype=torch.quint4x2
-)
+default_float_qparams_observer_4bit = default_float_qparams_observer.with_args(dtype=torch.quint4x2)
 default_fixed_qparams_range_neg1to1_observer = FixedQParamsObserver.with_args(
     scale=2.0 / 256.0, zero_point=128, dtype=torch.quint8, quant_min=0, quant_max=255
 )

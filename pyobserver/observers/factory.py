@@ -23,12 +23,14 @@ class ObserverFactory:
         callable_args: arguments that are called, and their results passed, at construction.
     """
 
-    def __init__(self, p: Callable[..., Any], callable_args: dict[str, Callable[[], Any]] | None = None):
+    def __init__(
+        self, p: Callable[..., Any], callable_args: dict[str, Callable[[], Any]] | None = None
+    ):
         self.p = p
         self.callable_args = dict(callable_args or {})
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         wrappers = host_classes("_PartialWrapper", "PartialWrapper")
         if wrappers not in _faces:
             _faces[wrappers] = type("ObserverFactory", (ObserverFactory, *wrappers), {})

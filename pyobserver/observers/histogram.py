@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import _checks
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_TENSOR, bit_width, check_qscheme
-from ..ops import histogram, range_search
-from ..ops.histogram import COMBINES, UPSAMPLE_RATE
+from ..ops.histogram import COMBINES, UPSAMPLE_RATE, histogram
+from ..ops.range_search import range_search
 from .base import UniformQuantizationObserverBase
 
 
@@ -55,12 +55,21 @@ class HistogramObserver(UniformQuantizationObserverBase):
         _checks.check_choice(owner, "combine", combine, COMBINES)
         if is_dynamic:
             raise NotImplementedError(
-                f"{owner}: is_dynamic: expected False (no dynamic quantization by histogram), got True"
+                f"{owner}: is_dynamic: expected False (no dynamic quantization by histogram), "
+                "got True"
             )
         if bins < 2:
             raise ValueError(f"{owner}: bins: expected at least 2, got {bins}")
         super().__init__(
-            dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs
+            dtype,
+            qscheme,
+            reduce_range,
+            quant_min,
+            quant_max,
+            factory_kwargs,
+            eps,
+            is_dynamic,
+            **kwargs,
         )
         self.bins = bins
         self.combine = combine
@@ -96,7 +105,7 @@ class HistogramObserver(UniformQuantizationObserverBase):
     ) -> None:
         for name, unfed in (("min_val", torch.inf), ("max_val", -torch.inf)):
             value = state_dict.get(prefix + name)
-            # before version 3 an unfed range had no elements; a range of shape (1,) is the same as ()
+            # before version 3 an unfed range had no elements; one of shape (1,) is as good as ()
             if value is not None and value.dim() == 1 and value.numel() <= 1:
                 value = value.reshape(()) if value.numel() else torch.tensor(unfed)
                 state_dict = {**state_dict, prefix + name: value}

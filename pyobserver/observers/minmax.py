@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_CHANNEL, PER_TENSOR, check_qscheme
-from ..ops import minmax
+from ..ops.minmax import minmax
 from .base import UniformQuantizationObserverBase
 
 
@@ -62,7 +62,15 @@ class MinMaxObserver(_MinMaxBase):
     ):
         check_qscheme(type(self).__name__, qscheme, PER_TENSOR)
         super().__init__(
-            dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs
+            dtype,
+            qscheme,
+            reduce_range,
+            quant_min,
+            quant_max,
+            factory_kwargs,
+            eps,
+            is_dynamic,
+            **kwargs,
         )
         self.memoryless = memoryless
         if memoryless:
@@ -158,7 +166,15 @@ class PerChannelMinMaxObserver(_MinMaxBase):
                 "channel), got True"
             )
         super().__init__(
-            dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs
+            dtype,
+            qscheme,
+            reduce_range,
+            quant_min,
+            quant_max,
+            factory_kwargs,
+            eps,
+            is_dynamic,
+            **kwargs,
         )
         self.memoryless = memoryless
         if memoryless:

@@ -59,7 +59,8 @@ class FixedQParamsObserver(_PassiveObserver):
             )
         if not quant_min <= zero_point <= quant_max:
             raise ValueError(
-                f"{owner}: zero_point: expected a value in [{quant_min}, {quant_max}], got {zero_point}"
+                f"{owner}: zero_point: expected a value in [{quant_min}, {quant_max}], "
+                f"got {zero_point}"
             )
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.qscheme = qscheme

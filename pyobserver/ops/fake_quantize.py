@@ -23,9 +23,7 @@ def _check(
 ) -> None:
     op = "fake_quantize"
     _checks.check_input(op, "x", x)
-    _checks.check_same_device(
-        op, x, {"scale": scale, "zero_point": zero_point, "enabled": enabled}
-    )
+    _checks.check_same_device(op, x, {"scale": scale, "zero_point": zero_point, "enabled": enabled})
     numel = 1 if axis is None else None
     _checks.check_state(op, "scale", scale, (torch.float32,), numel)
     _checks.check_state(
@@ -39,9 +37,7 @@ def _check(
         _checks.check_channels(op, "zero_point", zero_point, x, axis)
 
 
-def _check_values(
-    scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-) -> None:
+def _check_values(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> None:
     """What would cost a device sync, and is therefore looked at on the CPU alone."""
     if scale.device.type != "cpu":
         return

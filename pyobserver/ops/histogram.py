@@ -144,7 +144,9 @@ def _rebin_aligned(
     whole = (part / upsample_rate).floor().clamp(max=bins - 1)
     before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     position = whole.to(torch.int64)
-    cumulative = before[position] + counts[position] * ((part - whole * upsample_rate) / upsample_rate)
+    cumulative = before[position] + counts[position] * (
+        (part - whole * upsample_rate) / upsample_rate
+    )
     return cumulative.diff()
 
 
@@ -185,9 +187,7 @@ def reference(
     nonfinite: str = "ignore",
     enabled: Tensor | None = None,
 ) -> None:
-    _check(
-        x, counts, min_val, max_val, nonfinite_count, combine, upsample_rate, nonfinite, enabled
-    )
+    _check(x, counts, min_val, max_val, nonfinite_count, combine, upsample_rate, nonfinite, enabled)
     if x.numel() == 0:
         return
     x = x.detach().to(torch.float32)
@@ -210,7 +210,10 @@ def reference(
     )
     new_high = torch.where(carry, final_high, new_high)
     fresh = _bin(
-        x, torch.where(countable, new_low, zero), torch.where(countable, new_high, zero), counts.numel()
+        x,
+        torch.where(countable, new_low, zero),
+        torch.where(countable, new_high, zero),
+        counts.numel(),
     )
     new_counts = torch.where(countable, fresh + torch.where(first, 0.0, carried), counts)
     if enabled is not None:

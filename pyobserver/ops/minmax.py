@@ -27,7 +27,12 @@ def _check(
     _checks.check_same_device(
         op,
         x,
-        {"min_val": min_val, "max_val": max_val, "nonfinite_count": nonfinite_count, "enabled": enabled},
+        {
+            "min_val": min_val,
+            "max_val": max_val,
+            "nonfinite_count": nonfinite_count,
+            "enabled": enabled,
+        },
     )
     numel = 1 if axis is None else None
     _checks.check_state(op, "min_val", min_val, (torch.float32,), numel)
@@ -76,7 +81,9 @@ def reference(
     nonfinite: str = "ignore",
     enabled: Tensor | None = None,
 ) -> None:
-    _check(x, min_val, max_val, nonfinite_count, axis, update, averaging_constant, nonfinite, enabled)
+    _check(
+        x, min_val, max_val, nonfinite_count, axis, update, averaging_constant, nonfinite, enabled
+    )
     if x.numel() == 0:
         return
     x = x.detach().to(torch.float32)
@@ -148,7 +155,17 @@ def minmax(
     Source: ``torch.aminmax`` and the update rules of ``torch.ao.quantization``'s MinMaxObserver
     and MovingAverageMinMaxObserver.
     """
-    args = (x, min_val, max_val, nonfinite_count, axis, update, averaging_constant, nonfinite, enabled)
+    args = (
+        x,
+        min_val,
+        max_val,
+        nonfinite_count,
+        axis,
+        update,
+        averaging_constant,
+        nonfinite,
+        enabled,
+    )
     try:
         _op(*args)
     except RuntimeError:

@@ -18,12 +18,15 @@ def _check(
     _checks.check_state(op, "counts", counts, (torch.float64,))
     if counts.dim() == 0 or counts.shape[-1] < 2:
         raise ValueError(
-            f"{op}: counts: expected shape (..., bins) with at least 2 bins, got {tuple(counts.shape)}"
+            f"{op}: counts: expected shape (..., bins) with at least 2 bins, "
+            f"got {tuple(counts.shape)}"
         )
     histograms = counts.numel() // counts.shape[-1]
     _checks.check_state(op, "min_val", min_val, (torch.float32,), histograms)
     _checks.check_state(op, "max_val", max_val, (torch.float32,), histograms)
-    _checks.check_same_device(op, counts, {"min_val": min_val, "max_val": max_val, "enabled": enabled})
+    _checks.check_same_device(
+        op, counts, {"min_val": min_val, "max_val": max_val, "enabled": enabled}
+    )
     _checks.check_enabled(op, enabled)
     if num_levels < 2:
         raise ValueError(f"{op}: num_levels: expected at least 2, got {num_levels}")
@@ -99,7 +102,12 @@ def reference(
     searched = torch.zeros(lows.shape, dtype=torch.bool)
     for i, histogram in enumerate(counts.detach().cpu().reshape(-1, bins)):
         low, high = float(lows[i]), float(highs[i])
-        if abs(low) < float("inf") and abs(high) < float("inf") and low < high and histogram.sum() > 0:
+        if (
+            abs(low) < float("inf")
+            and abs(high) < float("inf")
+            and low < high
+            and histogram.sum() > 0
+        ):
             start, end = _search(histogram, low, high, num_levels)
             starts[i], ends[i], searched[i] = start, end + 1, True
     width = (highs - lows) / bins
