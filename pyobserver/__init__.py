@@ -1,20 +1,29 @@
 """Observers and fake-quantize for PyTorch, in compiled kernels."""
 
+from . import fake_quantize as _fake_quantize
+from . import observers as _observers
 from . import ops
+from ._native import NativeStatus
 from ._native import status as native_status
 from ._version import __version__
 from .compat.hosts import register_with_hosts
 from .fake_quantize import *  # noqa: F403
 from .observers import *  # noqa: F403
 from .state import get_observer_state_dict, load_observer_state_dict
+from .workflow import CalibrationResult, Site, calibrate
 
 register_with_hosts()
 
 __all__ = [
+    "CalibrationResult",
+    "NativeStatus",
+    "Site",
     "__version__",
+    "calibrate",
     "get_observer_state_dict",
     "load_observer_state_dict",
     "native_status",
     "ops",
     "register_with_hosts",
 ]
+__all__ += [*_fake_quantize.__all__, *_observers.__all__]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from .minmax import finite_minmax
 
 COMBINES = ("midpoint", "aligned")
 UPSAMPLE_RATE = {"midpoint": 16, "aligned": 128}
+# up to so many values the counts are computed in float32, for the very numbers of torch.ao
+FLOAT32_COUNTS = 2**24
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
@@ -59,121 +63,105 @@ def _check(
     _checks.check_enabled(op, enabled)
 
 
-def _bin_index(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """The bin of each value of [low, high], with the float32 arithmetic of ``torch.histc``.
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
-    Values that are not finite get ``bins``, one past the last. Where ``low == high`` the bins
-    span [low - 1, high + 1], as in ``histc``.
+
+def _bin(x: Tensor, low: float, high: float, bins: int) -> Tensor:
+    """How many of the finite values x fall into each bin of [low, high], as ``torch.histc`` counts.
+
+    Where ``low == high`` the bins span [low - 1, high + 1], as there.
     """
-    single = low == high
-    left, right = torch.where(single, low - 1, low), torch.where(single, high + 1, high)
-    width = right - left
-    position = (x - left) * bins / width
-    # beyond float32 the same formula in float64
-    wide = ~(width * bins <= _FLOAT_MAX)
-    exact = (x.double() - left.double()) * bins / (right.double() - left.double())
-    position = torch.where(wide, exact, position.double())
-    # a constant so large that adding one does not change it
-    position = torch.where(width == 0, float(bins // 2), position)
-    index = position.nan_to_num(0.0, 0.0, 0.0).to(torch.int64).clamp(0, bins - 1)
-    return torch.where(x.isfinite(), index, bins)
+    left, right = (_float32(low - 1), _float32(high + 1)) if low == high else (low, high)
+    width = _float32(right - left)
+    if width == 0:  # a constant so large that adding one does not change it
+        index = torch.full(x.shape, bins // 2, device=x.device)
+    else:
+        # float32 arithmetic; float64 where the product would leave it
+        wide = abs(_float32(width * bins)) == float("inf")
+        values = x.double() if wide else x
+        scale = torch.tensor(right - left if wide else width, dtype=values.dtype, device=x.device)
+        index = ((values - left) * bins / scale).to(torch.int64).clamp_(0, bins - 1)
+    return torch.bincount(index, minlength=bins)
 
 
-def _bin(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    index = _bin_index(x.reshape(-1), low, high, bins)
-    counts = torch.zeros(bins + 1, dtype=torch.int64, device=x.device)
-    counts.scatter_add_(0, index, torch.ones_like(index))
-    return counts[:bins].to(torch.float64)
+def _linspace(low: float, high: float, steps: int, device: torch.device) -> Tensor:
+    """``torch.linspace(low, high, steps)`` in float32, also of a width that float32 does not hold.
 
-
-def _linspace(low: Tensor, high: Tensor, steps: int) -> Tensor:
-    """``torch.linspace(low, high, steps)`` in float32, without reading the ends on the host.
-
-    The product and sum are one rounding there (a fused multiply-add), hence float64 here.
+    The product and the sum are one rounding there (a fused multiply-add), hence float64 here.
     """
-    low, high = low.float(), high.float()
-    step = ((high - low) / (steps - 1)).double()
-    step = torch.where(step.isinf(), (high.double() - low.double()) / (steps - 1), step)
-    index = torch.arange(steps, device=low.device, dtype=torch.float64)
-    forward = low.double() + step * index
-    backward = high.double() - step * (steps - 1 - index)
+    step = _float32(_float32(high - low) / (steps - 1))
+    if step == float("inf"):
+        step = (high - low) / (steps - 1)
+    index = torch.arange(steps, device=device, dtype=torch.float64)
+    forward = low + step * index
+    backward = high - step * (steps - 1 - index)
     return torch.where(index < steps // 2, forward, backward).float()
 
 
 def _rebin_midpoint(
-    counts: Tensor, low: Tensor, high: Tensor, new_low: Tensor, new_high: Tensor, upsample_rate: int
+    counts: Tensor, low: float, high: float, new_low: float, new_high: float, upsample_rate: int
 ) -> Tensor:
     """Each bin is cut into equal parts, and each part goes to the bin its midpoint falls into."""
     bins = counts.numel()
     fine = bins * upsample_rate
-    parts = counts.repeat_interleave(upsample_rate, output_size=fine) / upsample_rate
-    part_width = (high - low) / fine
-    part_width = torch.where(
-        part_width.isinf(), (high.double() / fine - low.double() / fine).float(), part_width
-    )
-    midpoints = _linspace(low, high, fine + 1)[:-1] + 0.5 * part_width
-    edges = _linspace(new_low, new_high, bins + 1)
-    index = (torch.bucketize(midpoints, edges, right=True) - 1).clamp(0, bins - 1)
-    return torch.zeros_like(counts).scatter_add_(0, index, parts)
-
-
-def _aligned_grid(
-    low: Tensor, high: Tensor, new_low: Tensor, new_high: Tensor, bins: int, upsample_rate: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The common grid of an old and a new range: (relaxed new_high, parts a new bin, offset)."""
-    part = (high.double() - low.double()) / (bins * upsample_rate)
-    parts_per_bin = torch.ceil((new_high.double() - new_low.double()) / (bins * part))
-    relaxed = new_low.double() + parts_per_bin * (bins * part)
-    relaxed = torch.maximum(relaxed.clamp(max=_FLOAT_MAX).float(), new_high)
-    offset = torch.round((low.double() - new_low.double()) / part)
-    return relaxed, parts_per_bin, offset
+    part_width = _float32(_float32(high - low) / fine)
+    if part_width == float("inf"):
+        part_width = _float32(high / fine - low / fine)
+    half = _float32(0.5 * part_width)
+    midpoints = _linspace(low, high, fine + 1, counts.device)[:-1] + half
+    edges = _linspace(new_low, new_high, bins + 1, counts.device)
+    index = (torch.bucketize(midpoints, edges, right=True) - 1).clamp_(0, bins - 1)
+    parts = counts.repeat_interleave(upsample_rate) / upsample_rate
+    return torch.bincount(index, weights=parts, minlength=bins)
 
 
 def _rebin_aligned(
-    counts: Tensor, parts_per_bin: Tensor, offset: Tensor, upsample_rate: int
-) -> Tensor:
-    """Each bin is cut into equal parts, and a new bin takes ``parts_per_bin`` parts in a row.
+    counts: Tensor, low: float, high: float, new_low: float, new_high: float, upsample_rate: int
+) -> tuple[Tensor, float]:
+    """Old and new bins lie on one grid of parts, of which a new bin takes so many in a row.
 
     The cumulative count at any part is linear within its bin, so it is read off the bins' own
-    cumulative counts: O(bins), however far the two ranges lie apart.
+    cumulative counts: O(bins), however far the two ranges lie apart. Returns the counts and the
+    new maximum, relaxed to the grid.
     """
     bins = counts.numel()
+    part = (high - low) / (bins * upsample_rate)
+    parts_per_bin = math.ceil((new_high - new_low) / (bins * part))
+    relaxed = _float32(min(new_low + parts_per_bin * (bins * part), _FLOAT_MAX))
+    offset = float(round((low - new_low) / part))
     index = torch.arange(bins + 1, device=counts.device, dtype=torch.float64)
-    part = (index * parts_per_bin - offset).clamp(0, bins * upsample_rate)
-    part[-1] = bins * upsample_rate
-    whole = (part / upsample_rate).floor().clamp(max=bins - 1)
-    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    position = whole.to(torch.int64)
-    cumulative = before[position] + counts[position] * (
-        (part - whole * upsample_rate) / upsample_rate
-    )
-    return cumulative.diff()
+    position = (index * float(parts_per_bin) - offset).clamp(0, bins * upsample_rate)
+    position[-1] = bins * upsample_rate
+    whole = (position / upsample_rate).floor().clamp(max=bins - 1)
+    old = counts.double()
+    before = torch.cat([old.new_zeros(1), old.cumsum(0)])
+    bin_of = whole.to(torch.int64)
+    within = (position - whole * upsample_rate) / upsample_rate
+    return (before[bin_of] + old[bin_of] * within).diff(), max(relaxed, new_high)
 
 
 def _rebin(
     counts: Tensor,
-    low: Tensor,
-    high: Tensor,
-    new_low: Tensor,
-    new_high: Tensor,
+    old: tuple[float, float],
+    new: tuple[float, float],
     combine: str,
     upsample_rate: int,
-) -> tuple[Tensor, Tensor]:
-    """The counts over [low, high] carried to [new_low, new_high]: (counts, final new_high)."""
-    bins = counts.numel()
-    same = (low == new_low) & (high == new_high)
-    single = low == high
-    index = _bin_index(low.reshape(1), new_low, new_high, bins).clamp(max=bins - 1)
-    spike = torch.zeros_like(counts).scatter_(0, index, counts.sum().reshape(1))
+) -> tuple[Tensor, float]:
+    """The counts over the range ``old`` carried to ``new``: (counts, final maximum)."""
+    if old == new:
+        return counts, new[1]
+    if old[0] == old[1]:
+        value = torch.tensor([old[0]], device=counts.device)
+        return _bin(value, *new, counts.numel()) * counts.double().sum(), new[1]
     if combine == "midpoint":
-        spread = _rebin_midpoint(counts, low, high, new_low, new_high, upsample_rate)
-    else:
-        relaxed, parts_per_bin, offset = _aligned_grid(
-            low, high, new_low, new_high, bins, upsample_rate
-        )
-        spread = _rebin_aligned(counts, parts_per_bin, offset, upsample_rate)
-        new_high = torch.where(same | single, new_high, relaxed)
-    return torch.where(same, counts, torch.where(single, spike, spread)), new_high
+        return _rebin_midpoint(counts, *old, *new, upsample_rate), new[1]
+    return _rebin_aligned(counts, *old, *new, upsample_rate)
+
+
+def _working(counts: Tensor, added: float) -> Tensor:
+    """The counts in the type to compute in: float32 as torch does, while that holds them."""
+    return counts.float() if float(counts.sum()) + added <= FLOAT32_COUNTS else counts
 
 
 def reference(
@@ -188,42 +176,27 @@ def reference(
     enabled: Tensor | None = None,
 ) -> None:
     _check(x, counts, min_val, max_val, nonfinite_count, combine, upsample_rate, nonfinite, enabled)
-    if x.numel() == 0:
+    if x.numel() == 0 or (enabled is not None and not bool(enabled)):
         return
-    x = x.detach().to(torch.float32)
+    x = x.detach().to(torch.float32).reshape(-1)
     low, high, nonfinite_seen = finite_minmax(x, None, nonfinite, "histogram")
-    old_low, old_high = min_val.reshape(()), max_val.reshape(())
-    first = (old_low == torch.inf) | (old_high == -torch.inf)
-    new_low, new_high = torch.minimum(old_low, low), torch.maximum(old_high, high)
+    old = float(min_val), float(max_val)
+    first = old[0] == float("inf") or old[1] == float("-inf")
+    new_min, new_max = torch.minimum(min_val, low), torch.maximum(max_val, high)
+    new = float(new_min), float(new_max)
     # no histogram over a range that is empty or, with "propagate", not finite
-    countable = new_low.isfinite() & new_high.isfinite()
-    carry = countable & ~first
-    zero = torch.zeros_like(old_low)
-    carried, final_high = _rebin(
-        counts,
-        torch.where(carry, old_low, zero),
-        torch.where(carry, old_high, zero),
-        torch.where(carry, new_low, zero),
-        torch.where(carry, new_high, zero),
-        combine,
-        upsample_rate,
-    )
-    new_high = torch.where(carry, final_high, new_high)
-    fresh = _bin(
-        x,
-        torch.where(countable, new_low, zero),
-        torch.where(countable, new_high, zero),
-        counts.numel(),
-    )
-    new_counts = torch.where(countable, fresh + torch.where(first, 0.0, carried), counts)
-    if enabled is not None:
-        off = enabled.reshape(()) == 0
-        new_counts = torch.where(off, counts, new_counts)
-        new_low, new_high = torch.where(off, old_low, new_low), torch.where(off, old_high, new_high)
-        nonfinite_seen = nonfinite_seen.masked_fill(off, 0)
-    counts.copy_(new_counts)
-    min_val.copy_(new_low.reshape(min_val.shape))
-    max_val.copy_(new_high.reshape(max_val.shape))
+    if math.isfinite(new[0]) and math.isfinite(new[1]):
+        finite = x if int(nonfinite_seen) == 0 else x[x.isfinite()]
+        if first:
+            counts.copy_(_bin(finite, *new, counts.numel()))
+        else:
+            working = _working(counts, finite.numel())
+            carried, high_end = _rebin(working, old, new, combine, upsample_rate)
+            fresh = _bin(finite, new[0], high_end, counts.numel())
+            counts.copy_((carried + fresh).to(working.dtype))
+            new_max.fill_(high_end)
+    min_val.copy_(new_min)
+    max_val.copy_(new_max)
     nonfinite_count.add_(nonfinite_seen)
 
 
@@ -255,7 +228,8 @@ def histogram(
     Args:
         x: what to observe: any shape and strides; float32, float64, float16 or bfloat16, taken
             as float32. An empty tensor changes nothing.
-        counts: float64 ``(bins,)``, at least 2 bins. (Exact to 2^53, where float32 stops at 2^24.)
+        counts: float64 ``(bins,)``, at least 2 bins. While they sum to at most 2^24 they are
+            computed in float32, as torch does; beyond, where that would stop counting, in float64.
         min_val, max_val: float32, one element each; +inf and -inf before the first batch.
         nonfinite_count: int64, one element: the NaN and infinite values seen are added to it.
         combine: how counts are carried to a wider range. ``"midpoint"`` (torch 2.13): each bin is
@@ -324,24 +298,22 @@ def reference_combine(
     _check_histogram_combine(
         counts, min_val, max_val, other_counts, other_min_val, other_max_val, combine, upsample_rate
     )
-    low, high = min_val.reshape(()), max_val.reshape(())
-    other_low, other_high = other_min_val.reshape(()), other_max_val.reshape(())
-    empty, other_empty = low > high, other_low > other_high
-    # an empty side takes the other's range, so that what is carried is itself, or nothing
-    low, high = torch.where(empty, other_low, low), torch.where(empty, other_high, high)
-    other_low = torch.where(other_empty, low, other_low)
-    other_high = torch.where(other_empty, high, other_high)
-    new_low, new_high = torch.minimum(low, other_low), torch.maximum(high, other_high)
-    carried, new_high = _rebin(counts, low, high, new_low, new_high, combine, upsample_rate)
-    # the other side fits into the range that the first has settled; midpoints move nothing twice
-    other, _ = _rebin(
-        other_counts, other_low, other_high, new_low, new_high, "midpoint", upsample_rate
-    )
-    none = empty & other_empty
-    total = torch.where(empty, 0.0, carried) + torch.where(other_empty, 0.0, other)
-    counts.copy_(torch.where(none, counts, total))
-    min_val.copy_(torch.where(none, min_val.reshape(()), new_low).reshape(min_val.shape))
-    max_val.copy_(torch.where(none, max_val.reshape(()), new_high).reshape(max_val.shape))
+    other = float(other_min_val), float(other_max_val)
+    if other[0] > other[1]:
+        return
+    old = float(min_val), float(max_val)
+    new = min(old[0], other[0]), max(old[1], other[1])
+    working = _working(counts, float(other_counts.sum()))
+    carried = torch.zeros_like(working)
+    high = new[1]
+    if old[0] <= old[1]:
+        carried, high = _rebin(working, old, new, combine, upsample_rate)
+    # the first has settled the range; the other follows by its midpoints
+    added = other_counts.to(working.dtype)
+    added, _ = _rebin(added, other, (new[0], high), "midpoint", upsample_rate)
+    counts.copy_((carried + added).to(working.dtype))
+    min_val.fill_(new[0])
+    max_val.fill_(high)
 
 
 _op_combine = define(

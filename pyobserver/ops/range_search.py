@@ -9,6 +9,8 @@ from .. import _checks
 from ._library import define
 
 _STEP = 1e-5  # of the quantiles that the search moves by
+# above, torch would sum in an order that depends on its threads
+_MOST_BINS_FOR_FLOAT32_SUM = 16384
 
 
 def _check(
@@ -60,9 +62,10 @@ def _search(counts: Tensor, low: float, high: float, num_levels: int) -> tuple[i
     # scaling by a power of two changes no decision, and keeps the cubes inside float32
     width = (high - low) / bins
     bin_width = torch.frexp(torch.tensor(width, dtype=torch.float64)).mantissa.item()
-    density = counts.float() / bin_width
-    cumulative = counts.cumsum(0).float().tolist()
-    total = cumulative[-1]
+    narrow = counts.float()
+    density = narrow / bin_width
+    cumulative = narrow.cumsum(0).tolist()
+    total = float((narrow if bins <= _MOST_BINS_FOR_FLOAT32_SUM else counts).sum())
     rounded = torch.zeros((), dtype=torch.float32)  # comparisons with the quantiles are float32's
     start, end = 0, bins - 1
     alpha, beta = 0.0, 1.0

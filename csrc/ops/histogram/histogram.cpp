@@ -38,6 +38,8 @@ void check_histogram(const char* op, const std::string& prefix, const Tensor& co
   check_numel(op, (prefix + "max_val").c_str(), max_val, 1);
 }
 
+// Count is float or double: what the sums are rounded to.
+template <class Count>
 void rebin_midpoint(const std::vector<double>& counts, Range old_range, Range new_range,
                     int64_t upsample_rate, std::vector<double>* out) {
   const int64_t bins = static_cast<int64_t>(counts.size());
@@ -47,6 +49,7 @@ void rebin_midpoint(const std::vector<double>& counts, Range old_range, Range ne
                                ? narrow
                                : static_cast<float>(static_cast<double>(old_range.high) / fine -
                                                     static_cast<double>(old_range.low) / fine);
+  std::vector<Count> sums(bins, Count(0));
   int64_t bin = 0;  // midpoints and edges both ascend
   for (int64_t i = 0; i < fine; ++i) {
     const float midpoint = linspace(old_range.low, old_range.high, fine + 1, i) + 0.5f * part_width;
@@ -54,7 +57,10 @@ void rebin_midpoint(const std::vector<double>& counts, Range old_range, Range ne
            linspace(new_range.low, new_range.high, bins + 1, bin + 1) <= midpoint) {
       ++bin;
     }
-    (*out)[bin] += counts[i / upsample_rate] / static_cast<double>(upsample_rate);
+    sums[bin] += static_cast<Count>(counts[i / upsample_rate]) / static_cast<Count>(upsample_rate);
+  }
+  for (int64_t i = 0; i < bins; ++i) {
+    (*out)[i] = static_cast<double>(sums[i]);
   }
 }
 
@@ -69,39 +75,58 @@ void rebin_aligned(const std::vector<double>& counts, const AlignedGrid& grid,
   for (int32_t i = 0; i < bins; ++i) {
     const double next =
         aligned_cumulative(counts.data(), before.data(), bins, upsample_rate, grid, i + 1);
-    (*out)[i] += next - reached;
+    (*out)[i] = next - reached;
     reached = next;
   }
 }
 
-// Adds the counts over old_range to out, over new_range, whose high may be relaxed.
-void rebin(const std::vector<double>& counts, Range old_range, Range* new_range, Combine combine,
-           int64_t upsample_rate, std::vector<double>* out) {
-  const int32_t bins = static_cast<int32_t>(counts.size());
+double sum_of(const std::vector<double>& counts) {
+  double total = 0.0;
+  for (double count : counts) {
+    total += count;
+  }
+  return total;
+}
+
+// Up to so many values the counts are computed in float32, for the very numbers of torch.ao.
+constexpr double kFloat32Counts = 1 << 24;
+
+// The counts over old_range carried to new_range, whose high may be relaxed.
+std::vector<double> rebin(const std::vector<double>& counts, Range old_range, Range* new_range,
+                          Combine combine, int64_t upsample_rate, bool narrow) {
   if (old_range.low == new_range->low && old_range.high == new_range->high) {
-    for (int32_t i = 0; i < bins; ++i) {
-      (*out)[i] += counts[i];
-    }
-  } else if (old_range.low == old_range.high) {
-    double total = 0.0;
-    for (double count : counts) {
-      total += count;
-    }
-    (*out)[bin_index(old_range.low, bin_grid(new_range->low, new_range->high, bins))] += total;
-  } else if (combine == Combine::midpoint) {
-    rebin_midpoint(counts, old_range, *new_range, upsample_rate, out);
-  } else {
+    return counts;
+  }
+  const int32_t bins = static_cast<int32_t>(counts.size());
+  std::vector<double> carried(bins, 0.0);
+  if (old_range.low == old_range.high) {
+    const BinGrid grid = bin_grid(new_range->low, new_range->high, bins);
+    carried[bin_index(old_range.low, grid)] = sum_of(counts);
+  } else if (combine == Combine::aligned) {
     const AlignedGrid grid = aligned_grid(old_range.low, old_range.high, new_range->low,
                                           new_range->high, bins, upsample_rate);
     new_range->high = grid.high;
-    rebin_aligned(counts, grid, upsample_rate, out);
+    rebin_aligned(counts, grid, upsample_rate, &carried);
+  } else if (narrow) {
+    rebin_midpoint<float>(counts, old_range, *new_range, upsample_rate, &carried);
+  } else {
+    rebin_midpoint<double>(counts, old_range, *new_range, upsample_rate, &carried);
+  }
+  return carried;
+}
+
+// carried + added, as floats where they are few.
+void write_sum(const std::vector<double>& carried, const std::vector<double>& added, bool narrow,
+               double* out) {
+  for (size_t i = 0; i < carried.size(); ++i) {
+    const double sum = carried[i] + added[i];
+    out[i] = narrow ? static_cast<double>(static_cast<float>(sum)) : sum;
   }
 }
 
-void add_bins(DType dtype, const DenseInput& input, Range range, std::vector<double>* out) {
+std::vector<double> bin_counts(DType dtype, const DenseInput& input, Range range, int64_t bins) {
   const int64_t parts = part_count(input.inner);
   const auto* data = static_cast<const char*>(input.tensor.const_data_ptr());
-  const int64_t bins = static_cast<int64_t>(out->size());
   const BinGrid grid = bin_grid(range.low, range.high, static_cast<int32_t>(bins));
   const int64_t row = bins + 1;  // the last takes what is not finite
   std::vector<int64_t> counts(parts * row);
@@ -109,11 +134,13 @@ void add_bins(DType dtype, const DenseInput& input, Range range, std::vector<dou
     histogram_table().bin(dtype, data + begin * element_size(dtype), end - begin, grid,
                           &counts[part * row]);
   });
+  std::vector<double> total(bins, 0.0);
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t i = 0; i < bins; ++i) {
-      (*out)[i] += static_cast<double>(counts[part * row + i]);
+      total[i] += static_cast<double>(counts[part * row + i]);
     }
   }
+  return total;
 }
 
 void histogram(const Tensor& x, const Tensor& counts, const Tensor& min_val, const Tensor& max_val,
@@ -146,13 +173,14 @@ void histogram(const Tensor& x, const Tensor& counts, const Tensor& min_val, con
   Range range = merge(state, batch);
   // no histogram over a range that is empty or, with "propagate", not finite
   if (is_finite(range.low) && is_finite(range.high)) {
-    std::vector<double> updated(counts.numel(), 0.0);
+    std::vector<double> carried(counts.numel(), 0.0);
+    bool narrow = true;
     if (!first) {
       const std::vector<double> old(saved, saved + counts.numel());
-      rebin(old, state, &range, combine, upsample_rate, &updated);
+      narrow = sum_of(old) + static_cast<double>(x.numel() - count) <= kFloat32Counts;
+      carried = rebin(old, state, &range, combine, upsample_rate, narrow);
     }
-    add_bins(dtype, input, range, &updated);
-    std::copy(updated.begin(), updated.end(), saved);
+    write_sum(carried, bin_counts(dtype, input, range, counts.numel()), !first && narrow, saved);
   }
   *low = range.low;
   *high = range.high;
@@ -179,15 +207,16 @@ void histogram_combine(const Tensor& counts, const Tensor& min_val, const Tensor
     return;
   }
   Range range = merge(state, other);
-  std::vector<double> updated(counts.numel(), 0.0);
-  if (!is_empty(state)) {
-    const std::vector<double> old(saved, saved + counts.numel());
-    rebin(old, state, &range, combine, upsample_rate, &updated);
-  }
-  // the first side has settled the range; the other follows by its midpoints
   const std::vector<double> added(other_saved, other_saved + counts.numel());
-  rebin(added, other, &range, Combine::midpoint, upsample_rate, &updated);
-  std::copy(updated.begin(), updated.end(), saved);
+  const std::vector<double> old(saved, saved + counts.numel());
+  const bool narrow = sum_of(old) + sum_of(added) <= kFloat32Counts;
+  std::vector<double> carried(counts.numel(), 0.0);
+  if (!is_empty(state)) {
+    carried = rebin(old, state, &range, combine, upsample_rate, narrow);
+  }
+  // the first has settled the range; the other follows by its midpoints
+  write_sum(carried, rebin(added, other, &range, Combine::midpoint, upsample_rate, narrow), narrow,
+            saved);
   *low = range.low;
   *high = range.high;
 }

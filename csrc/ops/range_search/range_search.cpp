@@ -13,6 +13,30 @@ namespace {
 
 constexpr const char* kOp = "range_search";
 
+// The totals as torch.sum of float32 counts gives them: the search compares quantiles of it with
+// cumulative counts, and a total one rounding off moves it to other bins than torch.ao's. Above
+// this size torch would sum in an order that depends on its threads.
+constexpr int32_t kMostBinsForTorchSum = 16384;
+
+std::vector<double> totals(const Tensor& counts, int64_t histograms, int32_t bins) {
+  std::vector<double> result(histograms);
+  if (bins > kMostBinsForTorchSum) {
+    const double* all_counts = counts.const_data_ptr<double>();
+    for (int64_t i = 0; i < histograms * bins; ++i) {
+      result[i / bins] += all_counts[i];
+    }
+    return result;
+  }
+  const std::array<int64_t, 2> shape = {histograms, bins};
+  const Tensor rows =
+      torch::stable::reshape(torch::stable::to(counts, ScalarType::Float), {shape.data(), 2});
+  for (int64_t i = 0; i < histograms; ++i) {
+    const Tensor sum = torch::stable::sum(torch::stable::select(rows, 0, i));
+    result[i] = static_cast<double>(*sum.const_data_ptr<float>());
+  }
+  return result;
+}
+
 std::tuple<Tensor, Tensor> range_search(const Tensor& counts, const Tensor& min_val,
                                         const Tensor& max_val, int64_t num_levels,
                                         std::optional<Tensor> enabled) {
@@ -38,20 +62,18 @@ std::tuple<Tensor, Tensor> range_search(const Tensor& counts, const Tensor& min_
   float* new_lows = new_min.mutable_data_ptr<float>();
   float* new_highs = new_max.mutable_data_ptr<float>();
   const auto& table = range_search_table();
+  const std::vector<double> all_totals =
+      off ? std::vector<double>(histograms) : totals(counts, histograms, bins);
   const auto search = [&](int64_t i, float* scratch) {
-    const double* histogram = all_counts + i * bins;
-    double total = 0.0;
-    for (int32_t bin = 0; bin < bins; ++bin) {
-      total += histogram[bin];
-    }
     new_lows[i] = lows[i];
     new_highs[i] = highs[i];
     if (off || !is_finite(lows[i]) || !is_finite(highs[i]) || !(lows[i] < highs[i]) ||
-        !(total > 0.0)) {
+        !(all_totals[i] > 0.0)) {
       return;
     }
     const double width = (static_cast<double>(highs[i]) - static_cast<double>(lows[i])) / bins;
-    const BinSpan span = table.greedy_l2(histogram, bins, width, num_levels, scratch);
+    const BinSpan span =
+        table.greedy_l2(all_counts + i * bins, bins, width, all_totals[i], num_levels, scratch);
     const float narrow = (highs[i] - lows[i]) / static_cast<float>(bins);
     const float step = is_finite(narrow) ? narrow : highs[i] / bins - lows[i] / bins;
     new_lows[i] = lows[i] + step * static_cast<float>(span.first);

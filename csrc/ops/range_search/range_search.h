@@ -45,9 +45,9 @@ PYOBS_HD float bin_error(int32_t bin, float density, const ErrorParams& p) {
 }
 
 struct RangeSearchTable {
-  // scratch: 2 * bins floats. width: of a bin.
-  BinSpan (*greedy_l2)(const double* counts, int32_t bins, double width, int64_t num_levels,
-                       float* scratch);
+  // width: of a bin. total: of the counts. scratch: 2 * bins floats.
+  BinSpan (*greedy_l2)(const double* counts, int32_t bins, double width, double total,
+                       int64_t num_levels, float* scratch);
 };
 
 PYOBS_KERNEL_TABLE(RangeSearchTable, range_search_table)

@@ -30,8 +30,8 @@ double total_error(const float* density, int32_t bins, double bin_width, BinSpan
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-BinSpan greedy_l2(const double* counts, int32_t bins, double width, int64_t num_levels,
-                  float* scratch) {
+BinSpan greedy_l2(const double* counts, int32_t bins, double width, double total,
+                  int64_t num_levels, float* scratch) {
   float* density = scratch;
   float* cumulative = scratch + bins;
   // scaling by a power of two changes no decision, and keeps the cubes inside float32
@@ -40,10 +40,9 @@ BinSpan greedy_l2(const double* counts, int32_t bins, double width, int64_t num_
   double running = 0.0;
   for (int32_t i = 0; i < bins; ++i) {
     density[i] = static_cast<float>(counts[i]) / static_cast<float>(bin_width);
-    running += counts[i];
+    running += static_cast<double>(static_cast<float>(counts[i]));
     cumulative[i] = static_cast<float>(running);
   }
-  const double total = static_cast<double>(cumulative[bins - 1]);
   BinSpan span = {0, bins - 1};
   double alpha = 0.0, beta = 1.0;
   double best = __builtin_huge_val();

@@ -1,0 +1,39 @@
+"""``pyobserver info``: what is installed, and which kernels are loaded."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from .._native import status
+from .._version import __version__
+
+
+def backend() -> str:
+    """Which CPU kernels run, in a few words."""
+    if status.build is None:
+        return "pure PyTorch"
+    return f"native ({status.build.cpu_isa()})"
+
+
+def run() -> int:
+    """Print the report; returns the exit status."""
+    lines = {
+        "pyobserver": __version__,
+        "torch": torch.__version__,
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "CPU library": "loaded" if status.cpu else f"not loaded: {status.reason}",
+        "CUDA library": "loaded" if status.cuda else f"not loaded: {status.cuda_reason}",
+        "CPU kernels": backend(),
+    }
+    if status.build is None:
+        lines["threads"] = str(torch.get_num_threads())
+    else:
+        lines["CPU ISAs"] = ", ".join(status.build.cpu_isas())
+        lines["threads"] = str(status.build.num_threads())
+        lines.update({f"build: {key}": text for key, text in status.build.build_info().items()})
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        print(f"{name:<{width}}  {text}")
+    return 0

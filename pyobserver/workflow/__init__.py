@@ -1,0 +1,6 @@
+"""What a person does with observers: calibrate a model, read the result, apply it."""
+
+from .calibrate import calibrate
+from .result import CalibrationResult, Site
+
+__all__ = ["CalibrationResult", "Site", "calibrate"]
