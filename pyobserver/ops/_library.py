@@ -7,6 +7,7 @@ every op exists, and every class works, without a binary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,17 @@ import torch
 _LIBRARY = torch.library.Library("pyobserver", "DEF")
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str,
+    check: Callable[..., None],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
+) -> Any:
     """Define a kernel op and return its default overload.
+
+    ``check`` looks at the arguments, without reading a tensor's values; the fake kernel begins
+    with it, so that a wrong call fails when it is traced. ``fake`` makes the results; None for an
+    op that only updates its arguments.
 
     The ops have no gradient formula of their own: autograd passes through them, and what is
     differentiable (fake-quantize) is wrapped in an ``autograd.Function`` above them.
@@ -25,7 +35,15 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"pyobserver::{name}", fake, lib=_LIBRARY)
+    signature = inspect.signature(reference)
+
+    def fake_kernel(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        check(*bound.args)
+        return None if fake is None else fake(*bound.args)
+
+    torch.library.register_fake(f"pyobserver::{name}", fake_kernel, lib=_LIBRARY)
     return getattr(torch.ops.pyobserver, name).default
 
 
@@ -35,7 +53,3 @@ def define_composite(schema: str, function: Callable[..., Any]) -> Any:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
     return getattr(torch.ops.pyobserver, name).default
-
-
-def no_fake_result(*args: Any, **kwargs: Any) -> None:
-    """The fake kernel of an op that only updates its arguments."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._library import define, no_fake_result
+from ._library import define
 
 MAPPINGS = ("affine", "symmetric", "affine_float")
 
@@ -54,7 +54,7 @@ def reference(
         min_val, max_val, scale, zero_point, eps,
         quant_min, quant_max, mapping, symmetric_zero_point, enabled,
     )  # fmt: skip
-    low, high = min_val.reshape(scale.shape), max_val.reshape(scale.shape)
+    low, high, eps = min_val.reshape(scale.shape), max_val.reshape(scale.shape), eps.reshape(())
     steps = float(quant_max - quant_min)
     unseen = (low == torch.inf) & (high == -torch.inf)
     if mapping == "symmetric":
@@ -88,8 +88,8 @@ _op = define(
     "choose_qparams(Tensor min_val, Tensor max_val, Tensor(a!) scale, Tensor(b!) zero_point, "
     "Tensor eps, int quant_min, int quant_max, str mapping='affine', int symmetric_zero_point=0, "
     "Tensor? enabled=None) -> ()",
+    _check,
     reference,
-    no_fake_result,
 )
 
 

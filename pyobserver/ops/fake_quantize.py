@@ -23,7 +23,6 @@ def _check(
 ) -> None:
     op = "fake_quantize"
     _checks.check_input(op, "x", x)
-    _checks.check_same_device(op, x, {"scale": scale, "zero_point": zero_point, "enabled": enabled})
     numel = 1 if axis is None else None
     _checks.check_state(op, "scale", scale, (torch.float32,), numel)
     _checks.check_state(
@@ -31,6 +30,7 @@ def _check(
     )
     _checks.check_quant_range(op, quant_min, quant_max)
     _checks.check_enabled(op, enabled)
+    _checks.check_same_device(op, x, {"scale": scale, "zero_point": zero_point, "enabled": enabled})
     if axis is not None:
         axis = _checks.check_axis(op, x, axis)
         _checks.check_channels(op, "scale", scale, x, axis)
@@ -158,8 +158,8 @@ def reference_mask(
 def _check_backward(grad: Tensor, mask: Tensor) -> None:
     op = "fake_quantize_backward"
     _checks.check_input(op, "grad", grad)
-    _checks.check_same_device(op, grad, {"mask": mask})
     _checks.check_state(op, "mask", mask, (torch.uint8,), _mask_bytes(grad))
+    _checks.check_same_device(op, grad, {"mask": mask})
     if grad.numel() and not _is_dense(grad):
         raise ValueError(
             f"{op}: grad: expected a dense tensor, laid out as the forward's output, "
@@ -178,27 +178,11 @@ def reference_backward(grad: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
-def _fake(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    enabled: Tensor | None = None,
-) -> Tensor:
+def _fake(x: Tensor, *args: Any) -> Tensor:
     return _empty_output(x)
 
 
-def _fake_mask(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-    enabled: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake_mask(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _empty_output(x), x.new_empty(_mask_bytes(x), dtype=torch.uint8)
 
 
@@ -210,10 +194,13 @@ _ARGS = (
     "(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
     "int? axis=None, Tensor? enabled=None)"
 )
-_op = define(f"_fake_quantize{_ARGS} -> Tensor", reference, _fake)
-_op_mask = define(f"_fake_quantize_mask{_ARGS} -> (Tensor, Tensor)", reference_mask, _fake_mask)
+_op = define(f"_fake_quantize{_ARGS} -> Tensor", _check, reference, _fake)
+_op_mask = define(
+    f"_fake_quantize_mask{_ARGS} -> (Tensor, Tensor)", _check, reference_mask, _fake_mask
+)
 _op_backward = define(
     "_fake_quantize_backward(Tensor grad, Tensor mask) -> Tensor",
+    _check_backward,
     reference_backward,
     _fake_backward,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._library import define, no_fake_result
+from ._library import define
 from .minmax import finite_minmax
 
 COMBINES = ("midpoint", "aligned")
@@ -52,15 +52,15 @@ def _check(
 ) -> None:
     op = "histogram"
     _checks.check_input(op, "x", x)
-    others = {"counts": counts, "min_val": min_val, "max_val": max_val}
-    _checks.check_same_device(
-        op, x, {**others, "nonfinite_count": nonfinite_count, "enabled": enabled}
-    )
     _check_histogram(op, "", counts, min_val, max_val)
     _checks.check_state(op, "nonfinite_count", nonfinite_count, (torch.int64,), 1)
     _check_combine(op, combine, upsample_rate)
     _checks.check_choice(op, "nonfinite", nonfinite, _checks.NONFINITE)
     _checks.check_enabled(op, enabled)
+    others = {"counts": counts, "min_val": min_val, "max_val": max_val}
+    _checks.check_same_device(
+        op, x, {**others, "nonfinite_count": nonfinite_count, "enabled": enabled}
+    )
 
 
 def _float32(value: float) -> float:
@@ -204,8 +204,8 @@ _op = define(
     "histogram(Tensor x, Tensor(a!) counts, Tensor(b!) min_val, Tensor(c!) max_val, "
     "Tensor(d!) nonfinite_count, str combine='midpoint', int upsample_rate=16, "
     "str nonfinite='ignore', Tensor? enabled=None) -> ()",
+    _check,
     reference,
-    no_fake_result,
 )
 
 
@@ -320,8 +320,8 @@ _op_combine = define(
     "histogram_combine(Tensor(a!) counts, Tensor(b!) min_val, Tensor(c!) max_val, "
     "Tensor other_counts, Tensor other_min_val, Tensor other_max_val, "
     "str combine='midpoint', int upsample_rate=16) -> ()",
+    _check_histogram_combine,
     reference_combine,
-    no_fake_result,
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._library import define, no_fake_result
+from ._library import define
 
 UPDATES = ("running", "moving_average", "memoryless")
 
@@ -24,6 +24,11 @@ def _check(
 ) -> None:
     op = "minmax"
     _checks.check_input(op, "x", x)
+    numel = 1 if axis is None else None
+    _checks.check_state(op, "min_val", min_val, (torch.float32,), numel)
+    _checks.check_state(op, "max_val", max_val, (torch.float32,), numel)
+    _checks.check_state(op, "nonfinite_count", nonfinite_count, (torch.int64,), 1)
+    _checks.check_enabled(op, enabled)
     _checks.check_same_device(
         op,
         x,
@@ -34,18 +39,13 @@ def _check(
             "enabled": enabled,
         },
     )
-    numel = 1 if axis is None else None
-    _checks.check_state(op, "min_val", min_val, (torch.float32,), numel)
-    _checks.check_state(op, "max_val", max_val, (torch.float32,), numel)
-    _checks.check_state(op, "nonfinite_count", nonfinite_count, (torch.int64,), 1)
-    _checks.check_enabled(op, enabled)
     _checks.check_choice(op, "update", update, UPDATES)
     _checks.check_choice(op, "nonfinite", nonfinite, _checks.NONFINITE)
     if not 0.0 < averaging_constant <= 1.0:
         raise ValueError(
             f"{op}: averaging_constant: expected a value in (0, 1], got {averaging_constant}"
         )
-    if axis is not None:
+    if axis is not None and x.numel() > 0:
         axis = _checks.check_axis(op, x, axis)
         _checks.check_channels(op, "min_val", min_val, x, axis)
         _checks.check_channels(op, "max_val", max_val, x, axis)
@@ -114,8 +114,8 @@ _op = define(
     "minmax(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) nonfinite_count, "
     "int? axis=None, str update='running', float averaging_constant=0.01, str nonfinite='ignore', "
     "Tensor? enabled=None) -> ()",
+    _check,
     reference,
-    no_fake_result,
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,10 @@ def _check(
     histograms = counts.numel() // counts.shape[-1]
     _checks.check_state(op, "min_val", min_val, (torch.float32,), histograms)
     _checks.check_state(op, "max_val", max_val, (torch.float32,), histograms)
+    _checks.check_enabled(op, enabled)
     _checks.check_same_device(
         op, counts, {"min_val": min_val, "max_val": max_val, "enabled": enabled}
     )
-    _checks.check_enabled(op, enabled)
     if num_levels < 2:
         raise ValueError(f"{op}: num_levels: expected at least 2, got {num_levels}")
 
@@ -114,21 +116,24 @@ def reference(
             start, end = _search(histogram, low, high, num_levels)
             starts[i], ends[i], searched[i] = start, end + 1, True
     width = (highs - lows) / bins
-    width = torch.where(width.isinf(), highs / bins - lows / bins, width)
-    new_min = torch.where(searched, lows + width * starts, lows).reshape(min_val.shape)
-    new_max = torch.where(searched, lows + width * ends, highs).reshape(max_val.shape)
+    new_min, new_max = lows + width * starts, lows + width * ends
+    # a width above the greatest float32
+    wide = (highs.double() - lows.double()) / bins
+    new_min = torch.where(width.isinf(), (lows.double() + wide * starts).float(), new_min)
+    new_max = torch.where(width.isinf(), (lows.double() + wide * ends).float(), new_max)
+    new_min = torch.where(searched, new_min, lows).reshape(min_val.shape)
+    new_max = torch.where(searched, new_max, highs).reshape(max_val.shape)
     return new_min.to(min_val.device), new_max.to(max_val.device)
 
 
-def _fake(
-    counts: Tensor, min_val: Tensor, max_val: Tensor, num_levels: int, enabled: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _fake(counts: Tensor, min_val: Tensor, max_val: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(min_val), torch.empty_like(max_val)
 
 
 _op = define(
     "range_search(Tensor counts, Tensor min_val, Tensor max_val, int num_levels, "
     "Tensor? enabled=None) -> (Tensor, Tensor)",
+    _check,
     reference,
     _fake,
 )

@@ -80,11 +80,11 @@ void minmax(const Tensor& x, const Tensor& min_val, const Tensor& max_val,
   check(averaging_constant > 0.0 && averaging_constant <= 1.0, kOp,
         ": averaging_constant: expected a value in (0, 1], got ", averaging_constant);
   int64_t channel_axis = -1;
-  if (axis.has_value()) {
+  if (axis.has_value() && x.numel() > 0) {
     channel_axis = check_axis(kOp, x, *axis);
     check_channels(kOp, "min_val", min_val, x.size(channel_axis));
     check_channels(kOp, "max_val", max_val, x.size(channel_axis));
-  } else {
+  } else if (!axis.has_value()) {
     check_numel(kOp, "min_val", min_val, 1);
     check_numel(kOp, "max_val", max_val, 1);
   }

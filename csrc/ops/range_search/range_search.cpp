@@ -74,10 +74,14 @@ std::tuple<Tensor, Tensor> range_search(const Tensor& counts, const Tensor& min_
     const double width = (static_cast<double>(highs[i]) - static_cast<double>(lows[i])) / bins;
     const BinSpan span =
         table.greedy_l2(all_counts + i * bins, bins, width, all_totals[i], num_levels, scratch);
-    const float narrow = (highs[i] - lows[i]) / static_cast<float>(bins);
-    const float step = is_finite(narrow) ? narrow : highs[i] / bins - lows[i] / bins;
-    new_lows[i] = lows[i] + step * static_cast<float>(span.first);
-    new_highs[i] = lows[i] + step * static_cast<float>(span.last + 1);
+    const float step = (highs[i] - lows[i]) / static_cast<float>(bins);
+    if (is_finite(step)) {
+      new_lows[i] = lows[i] + step * static_cast<float>(span.first);
+      new_highs[i] = lows[i] + step * static_cast<float>(span.last + 1);
+    } else {  // a width above the greatest float32
+      new_lows[i] = static_cast<float>(static_cast<double>(lows[i]) + width * span.first);
+      new_highs[i] = static_cast<float>(static_cast<double>(lows[i]) + width * (span.last + 1));
+    }
   };
   const int64_t parts =
       std::min<int64_t>(histograms, static_cast<int64_t>(torch::stable::get_num_threads()));
