@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compat.hosts import offer_to_hosts
+from .compat.hosts import host_classes, offer_to_hosts
 from .dtypes import PER_CHANNEL, PER_TENSOR, SYMMETRIC, check_qscheme
 from .observers import (
     FixedQParamsObserver,
@@ -20,6 +20,7 @@ from .observers import (
     default_fixed_qparams_range_neg1to1_observer,
 )
 from .observers.base import StatisticsModule
+from .ops.choose_qparams import choose_qparams
 from .ops.fake_quantize import fake_quantize
 
 __all__ = [
@@ -167,20 +168,26 @@ class FakeQuantize(FakeQuantizeBase):
         watcher = self.activation_post_process
         if isinstance(watcher, UniformQuantizationObserverBase):
             watcher.observe(x, self.observer_enabled)
-            if self.scale.numel() != watcher.min_val.numel():
-                self._resize(watcher.min_val.numel())
-            watcher.write_qparams(self.scale, self.zero_point, self.observer_enabled)
         elif bool(self.observer_enabled):
             watcher(x.detach())
+        else:
+            return
+        self._choose_qparams(watcher)
+
+    def _choose_qparams(self, watcher: Any) -> None:
+        if isinstance(watcher, UniformQuantizationObserverBase):
+            self._resize(watcher.min_val.numel())
+            watcher.write_qparams(self.scale, self.zero_point, self.observer_enabled)
+        else:
             scale, zero_point = watcher.calculate_qparams()
-            if self.scale.numel() != scale.numel():
-                self._resize(scale.numel())
+            self._resize(scale.numel())
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
 
     def _resize(self, size: int) -> None:
-        self.scale = torch.ones(size, device=self.scale.device)
-        self.zero_point = self.zero_point.new_zeros(size)
+        if self.scale.numel() != size:
+            self.scale = torch.ones(size, device=self.scale.device)
+            self.zero_point = self.zero_point.new_zeros(size)
 
     def extra_repr(self) -> str:
         return (
@@ -195,7 +202,7 @@ class FakeQuantize(FakeQuantizeBase):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         saved = state_dict.get(prefix + "scale")
-        if saved is not None and saved.numel() != self.scale.numel():
+        if saved is not None:
             self._resize(saved.numel())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -212,7 +219,11 @@ class FixedQParamsFakeQuantize(FakeQuantize):
 
     def __init__(self, observer: Any):
         super().__init__(observer=observer)
-        if not isinstance(self.activation_post_process, FixedQParamsObserver):
+        served: tuple[type[Any], ...] = (
+            FixedQParamsObserver,
+            *host_classes("FixedQParamsObserver"),
+        )
+        if not isinstance(self.activation_post_process, served):
             raise TypeError(
                 f"{type(self).__name__}: observer: expected a FixedQParamsObserver, "
                 f"got {type(self.activation_post_process).__name__}"
@@ -232,6 +243,10 @@ class FixedQParamsFakeQuantize(FakeQuantize):
 class FusedMovingAvgObsFakeQuantize(FakeQuantize):
     """Fake-quantize over a moving-average observer, per tensor or per channel.
 
+    The scale it trains with is that of torch's fused kernel, which is not that of the observer's
+    ``calculate_qparams``, which the converters ask: a symmetric range is divided by 127 or 128
+    levels instead of 127.5, a one-sided one is affine, and the least scale is 6.1e-5.
+
     Args:
         observer: a class or factory of a MovingAverage(PerChannel)MinMaxObserver.
         Others: :class:`FakeQuantize`.
@@ -249,7 +264,8 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         **observer_kwargs: Any,
     ):
         super().__init__(observer, quant_min, quant_max, **observer_kwargs)
-        served = (MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver)
+        ours = (MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver)
+        served: tuple[type[Any], ...] = (*ours, *host_classes(*(cls.__name__ for cls in ours)))
         if not isinstance(self.activation_post_process, served):
             raise TypeError(
                 f"{type(self).__name__}: observer: expected a MovingAverageMinMaxObserver or "
@@ -257,29 +273,52 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
                 f"got {type(self.activation_post_process).__name__}"
             )
 
+    def _choose_qparams(self, watcher: Any) -> None:
+        if self.qscheme == torch.per_channel_affine_float_qparams:
+            super()._choose_qparams(watcher)
+            return
+        self._resize(watcher.min_val.numel())
+        choose_qparams(
+            watcher.min_val,
+            watcher.max_val,
+            self.scale,
+            self.zero_point,
+            watcher.eps,
+            watcher.quant_min,
+            watcher.quant_max,
+            "fused_symmetric" if self.is_symmetric_quant else "fused_affine",
+            0,
+            self.observer_enabled,
+        )
+
+
+def _as_fake_quantize(mod: nn.Module) -> Any:
+    """The module if it is a fake-quantize, ours or a host's (a model may hold both); else None."""
+    return mod if isinstance(mod, (FakeQuantizeBase, *host_classes("FakeQuantizeBase"))) else None
+
 
 def disable_fake_quant(mod: nn.Module) -> None:
     """Let values pass one fake-quantize module: ``model.apply(disable_fake_quant)``."""
-    if isinstance(mod, FakeQuantizeBase):
-        mod.disable_fake_quant()
+    if fake_quantize_module := _as_fake_quantize(mod):
+        fake_quantize_module.disable_fake_quant()
 
 
 def enable_fake_quant(mod: nn.Module) -> None:
     """Round in one fake-quantize module: ``model.apply(enable_fake_quant)``."""
-    if isinstance(mod, FakeQuantizeBase):
-        mod.enable_fake_quant()
+    if fake_quantize_module := _as_fake_quantize(mod):
+        fake_quantize_module.enable_fake_quant()
 
 
 def disable_observer(mod: nn.Module) -> None:
     """Freeze one fake-quantize module's statistics: ``model.apply(disable_observer)``."""
-    if isinstance(mod, FakeQuantizeBase):
-        mod.disable_observer()
+    if fake_quantize_module := _as_fake_quantize(mod):
+        fake_quantize_module.disable_observer()
 
 
 def enable_observer(mod: nn.Module) -> None:
     """Gather statistics in one fake-quantize module: ``model.apply(enable_observer)``."""
-    if isinstance(mod, FakeQuantizeBase):
-        mod.enable_observer()
+    if fake_quantize_module := _as_fake_quantize(mod):
+        fake_quantize_module.enable_observer()
 
 
 default_fake_quant = FakeQuantize.with_args(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .compat.hosts import host_classes
 from .fake_quantize import FakeQuantizeBase
 from .observers import ObserverBase
 
@@ -41,8 +42,13 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: OrderedDict[str, Any]) ->
         if keys:
             raise KeyError(f"obs_dict: {problem} entries for the observers: {sorted(keys)}")
     metadata = getattr(obs_dict, "_metadata", {})
+    watchers: tuple[type[Any], ...] = (
+        ObserverBase,
+        FakeQuantizeBase,
+        *host_classes("ObserverBase", "FakeQuantizeBase"),
+    )
     for name, module in mod.named_modules():
-        if isinstance(module, (ObserverBase, FakeQuantizeBase)):
+        if isinstance(module, watchers):
             errors: list[str] = []
             module._load_from_state_dict(
                 obs_dict, name + ".", metadata.get(name, {}), False, [], [], errors

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABCMeta
+from typing import Any
 
 _HOST_MODULES = (
     "torch.ao.quantization.observer",
@@ -20,7 +21,7 @@ _registered: dict[str, type] = {}
 _joined: set[str] = set()
 
 
-def host_classes(*names: str) -> tuple[type, ...]:
+def host_classes(*names: str) -> tuple[type[Any], ...]:
     """The classes of these names in the hosts that are loaded now."""
     found = []
     for host in _HOST_MODULES:

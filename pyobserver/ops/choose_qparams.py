@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import _checks
 from ._library import define
 
-MAPPINGS = ("affine", "symmetric", "affine_float")
+_LEAST_FUSED_SCALE = torch.tensor(6.1e-5, dtype=torch.float32).item()
+MAPPINGS = ("affine", "symmetric", "affine_float", "fused_affine", "fused_symmetric")
 
 
 def _check(
@@ -38,6 +39,39 @@ def _check(
     _checks.check_same_device(op, min_val, {**others, "eps": eps, "enabled": enabled})
 
 
+def _fused(
+    low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of torch's fused moving-average kernel."""
+    two_sided = (low < 0) & (high > 0)
+    if symmetric:
+        least, most = -((quant_max - quant_min) // 2 + 1), (quant_max - quant_min) // 2
+        bound = torch.maximum((low / least).abs(), (high / most).abs()).double()
+        low = torch.where(two_sided, (bound * least).float(), low)
+        high = torch.where(two_sided, (bound * most).float(), high)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high.double() - low.double()) / (quant_max - quant_min)
+    unusable = (scale.float() == 0) | (1.0 / scale.float()).isinf()
+    scale = torch.where(unusable, 0.1, scale)
+    small = scale < _LEAST_FUSED_SCALE
+    width, amplifier = (
+        _LEAST_FUSED_SCALE * (quant_max - quant_min),
+        _LEAST_FUSED_SCALE / scale.float(),
+    )
+    grown_high = torch.where(low == 0, width, torch.where(high == 0, high, high * amplifier))
+    grown_low = torch.where(low == 0, low, torch.where(high == 0, -width, low * amplifier))
+    low, high = (
+        torch.where(small, grown_low, low).double(),
+        torch.where(small, grown_high, high).double(),
+    )
+    scale = torch.where(small, _LEAST_FUSED_SCALE, scale)
+    low_nearer = abs(quant_min) - (low / scale).abs() < abs(quant_max) - (high / scale).abs()
+    zero_point = torch.where(low_nearer, quant_min - low / scale, quant_max - high / scale)
+    if symmetric:
+        zero_point = torch.where(two_sided, (quant_min + quant_max) / 2, zero_point)
+    return scale.float(), torch.round(zero_point.nan_to_num(0.0)).clamp(quant_min, quant_max)
+
+
 def reference(
     min_val: Tensor,
     max_val: Tensor,
@@ -57,7 +91,11 @@ def reference(
     low, high, eps = min_val.reshape(scale.shape), max_val.reshape(scale.shape), eps.reshape(())
     steps = float(quant_max - quant_min)
     unseen = (low == torch.inf) & (high == -torch.inf)
-    if mapping == "symmetric":
+    if mapping.startswith("fused"):
+        symmetric = mapping == "fused_symmetric"
+        new_scale, new_zero = _fused(low, high, quant_min, quant_max, symmetric)
+        new_zero = new_zero.to(zero_point.dtype)
+    elif mapping == "symmetric":
         bound = torch.maximum(-low.clamp(max=0.0), high.clamp(min=0.0))
         new_scale = torch.maximum(bound / (steps / 2), eps)
         new_zero = torch.full_like(zero_point, symmetric_zero_point)
@@ -118,13 +156,16 @@ def choose_qparams(
             ``"symmetric"``: scale ``2 * max(|min|, |max|) / (quant_max - quant_min)``, zero point
             ``symmetric_zero_point``. ``"affine_float"``: the range as it is, zero point
             ``-min / scale`` unrounded (torch's ``per_channel_affine_float_qparams``).
+            ``"fused_affine"``, ``"fused_symmetric"``: what torch's
+            ``fused_moving_avg_obs_fake_quant`` chooses, in float64, with a least scale of its own.
         enabled: one element; 0 changes nothing.
 
     Raises:
         TypeError, ValueError: name the argument, what was expected and what came.
 
     Source: ``UniformQuantizationObserverBase._calculate_qparams`` of torch 2.13; two results
-    differ: a width above the greatest float32 and an int32 zero point do not overflow.
+    differ: a width above the greatest float32 and an int32 zero point do not overflow. The fused
+    ones: ``ChooseQuantizationParams`` of ATen.
     """
     args = (
         min_val, max_val, scale, zero_point, eps,

@@ -18,9 +18,17 @@ Mapping parse_mapping(const std::string& name) {
   if (name == "symmetric") {
     return Mapping::symmetric;
   }
-  check(name == "affine_float", kOp,
-        ": mapping: expected one of affine, symmetric, affine_float, got '", name, "'");
-  return Mapping::affine_float;
+  if (name == "affine_float") {
+    return Mapping::affine_float;
+  }
+  if (name == "fused_affine") {
+    return Mapping::fused_affine;
+  }
+  check(name == "fused_symmetric", kOp,
+        ": mapping: expected one of affine, symmetric, affine_float, fused_affine, "
+        "fused_symmetric, got '",
+        name, "'");
+  return Mapping::fused_symmetric;
 }
 
 void choose_qparams_op(const Tensor& min_val, const Tensor& max_val, const Tensor& scale,

@@ -5,6 +5,11 @@
 //   symmetric:    scale = max(max(-min, max, 0) / (steps / 2), eps), a fixed zero point
 //   affine_float: scale = width / steps, 1 where that is at most eps; zero_point = -min / scale
 //
+//   fused_*:      what torch's fused moving-average kernel chooses, in float64, with a least scale
+//   of its own: a
+//                 symmetric range of both signs over levels -(steps / 2 + 1) .. steps / 2, any
+//                 other an affine one whose zero point is rounded from the end nearer to the grid
+//
 // steps = quant_max - quant_min. A range that was never fed (+inf, -inf) gives 1 and 0. A width
 // that leaves float32 is divided before it is taken.
 #pragma once
@@ -13,7 +18,7 @@
 
 namespace pyobserver {
 
-enum class Mapping { affine, symmetric, affine_float };
+enum class Mapping { affine, symmetric, affine_float, fused_affine, fused_symmetric };
 
 struct QParams {
   float scale;
@@ -26,10 +31,54 @@ PYOBS_HD float scale_of_width(float low, float high, float steps) {
   return scale == __builtin_huge_valf() ? high / steps - low / steps : scale;
 }
 
+PYOBS_HD QParams fused_qparams(float low, float high, int64_t quant_min, int64_t quant_max,
+                               bool symmetric) {
+  const bool middle = symmetric && low < 0.0f && high > 0.0f;
+  if (middle) {
+    const int64_t least = -((quant_max - quant_min) / 2 + 1);
+    const int64_t most = (quant_max - quant_min) / 2;
+    const float from_low = __builtin_fabsf(low / static_cast<float>(least));
+    const float from_high = __builtin_fabsf(high / static_cast<float>(most));
+    const double bound = from_low > from_high ? from_low : from_high;
+    low = static_cast<float>(bound * static_cast<double>(least));
+    high = static_cast<float>(bound * static_cast<double>(most));
+  }
+  float negative = low > 0.0f ? 0.0f : low;
+  float positive = high < 0.0f ? 0.0f : high;
+  const double first = static_cast<double>(quant_min), last = static_cast<double>(quant_max);
+  const double steps = static_cast<double>(quant_max - quant_min);
+  double scale = (static_cast<double>(positive) - static_cast<double>(negative)) / steps;
+  const float narrow = static_cast<float>(scale);
+  if (narrow == 0.0f || 1.0f / narrow == __builtin_huge_valf()) {
+    scale = 0.1;
+  }
+  constexpr float kLeastScale = 6.1e-5f;
+  if (scale < static_cast<double>(kLeastScale)) {
+    const float width = kLeastScale * static_cast<float>(steps);
+    const float amplifier = kLeastScale / static_cast<float>(scale);
+    const bool from_zero = negative == 0.0f, to_zero = positive == 0.0f;
+    positive = from_zero ? width : (to_zero ? positive : positive * amplifier);
+    negative = from_zero ? negative : (to_zero ? -width : negative * amplifier);
+    scale = static_cast<double>(kLeastScale);
+  }
+  const double below = static_cast<double>(negative) / scale;
+  const double above = static_cast<double>(positive) / scale;
+  const bool low_nearer =
+      __builtin_fabs(first) - __builtin_fabs(below) < __builtin_fabs(last) - __builtin_fabs(above);
+  double zero_point = low_nearer ? first - below : last - above;
+  zero_point = middle ? (first + last) / 2 : zero_point;
+  zero_point = zero_point == zero_point ? __builtin_nearbyint(zero_point) : 0.0;
+  zero_point = zero_point < first ? first : (zero_point > last ? last : zero_point);
+  return {static_cast<float>(scale), static_cast<int64_t>(zero_point), 0.0f};
+}
+
 PYOBS_HD QParams choose_qparams(float low, float high, float eps, int64_t quant_min,
                                 int64_t quant_max, Mapping mapping, int64_t symmetric_zero_point) {
   if (low == __builtin_huge_valf() && high == -__builtin_huge_valf()) {
     return {1.0f, 0, 0.0f};
+  }
+  if (mapping == Mapping::fused_affine || mapping == Mapping::fused_symmetric) {
+    return fused_qparams(low, high, quant_min, quant_max, mapping == Mapping::fused_symmetric);
   }
   const float steps = static_cast<float>(static_cast<double>(quant_max - quant_min));
   if (mapping == Mapping::affine_float) {

@@ -1,0 +1,113 @@
+"""The ``fake_quantize`` ops against torch's; the outputs are warm (see ``keep_memory_warm``)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyobserver.ops import fake_quantize
+
+from .cases import (
+    Call,
+    Case,
+    activation_shape,
+    contenders,
+    flat,
+    limit_call,
+    normal,
+    weight_shape,
+)
+
+# the package has the function under the module's name
+_ops = importlib.import_module("pyobserver.ops.fake_quantize")
+_aten = torch.ops.aten
+_MASK = 1 / 8  # bytes an element
+
+
+def _qparams(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    channels = 1 if axis is None else x.shape[axis]
+    # a tenth of the values of a normal distribution is clipped
+    scale = torch.full((channels,), 1.65 / 127, device=x.device)
+    return scale, torch.zeros(channels, dtype=torch.int32, device=x.device)
+
+
+def _forward(name: str, shape: Callable[[int], tuple[int, ...]], axis: int | None = None) -> Case:
+    def make(size: int, device: str) -> dict[str, Call]:
+        x = normal(shape(size), device)
+        scale, zero_point = _qparams(x, axis)
+
+        def reference() -> Tensor:
+            if axis is None:
+                return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
+            return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, -128, 127)
+
+        def ours() -> Call:
+            return lambda: fake_quantize(x, scale, zero_point, -128, 127, axis)
+
+        return contenders(device, reference, ours) | limit_call("copy_", x)
+
+    return Case(name, make, bytes_moved=8, limit="copy_")
+
+
+def _make_mask(size: int, device: str) -> dict[str, Call]:
+    x = normal((size,), device)
+    scale, zero_point = _qparams(x, None)
+    cachemask = _aten.fake_quantize_per_tensor_affine_cachemask.default
+    scale_value = scale.item()
+
+    def ours() -> Call:
+        return lambda: _ops._op_mask(x, scale, zero_point, -128, 127)
+
+    calls = contenders(device, lambda: cachemask(x, scale_value, 0, -128, 127), ours)
+    return calls | limit_call("copy_", x)
+
+
+def _make_backward(size: int, device: str) -> dict[str, Call]:
+    x = normal((size,), device)
+    scale, zero_point = _qparams(x, None)
+    mask = _aten.fake_quantize_per_tensor_affine_cachemask.default(x, scale.item(), 0, -128, 127)[1]
+    bits = _ops._op_mask(x, scale, zero_point, -128, 127)[1]
+
+    # torch's backward is this product
+    calls = contenders(device, lambda: x * mask, lambda: lambda: _ops._op_backward(x, bits))
+    return calls | limit_call("copy_", x)
+
+
+def _make_autograd(size: int, device: str) -> dict[str, Call]:
+    x = normal((size,), device).detach().requires_grad_()
+    scale, zero_point = _qparams(x, None)
+    grad = torch.ones_like(x)
+
+    def reference() -> None:
+        y = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
+        torch.autograd.grad(y, x, grad)
+
+    def ours() -> Call:
+        def call() -> None:
+            torch.autograd.grad(fake_quantize(x, scale, zero_point, -128, 127), x, grad)
+
+        return call
+
+    return contenders(device, reference, ours) | limit_call("copy_", x)
+
+
+CASES = [
+    _forward("fake_quantize", flat),
+    _forward("fake_quantize, axis 0", weight_shape, 0),
+    _forward("fake_quantize, axis 1", activation_shape, 1),
+    Case("fake_quantize with mask", _make_mask, bytes_moved=8 + _MASK, limit="copy_"),
+    Case("fake_quantize backward", _make_backward, bytes_moved=8 + _MASK, limit="copy_"),
+    Case(
+        "fake_quantize forward and backward",
+        _make_autograd,
+        bytes_moved=16 + 2 * _MASK,
+        limit="copy_",
+    ),
+]
+
+
+def test_fake_quantize(benchmark: Callable[[Call], object], contender: Call) -> None:
+    benchmark(contender)
