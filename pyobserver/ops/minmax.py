@@ -54,20 +54,24 @@ def _check(
 def finite_minmax(
     x: Tensor, dims: tuple[int, ...] | None, nonfinite: str, op: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The minimum, maximum and the number of NaN and infinite values of a float32 tensor."""
+    """The minimum, maximum and the number of NaN and infinite values of a float32 tensor.
+
+    A zero is positive, whichever of the two zeros came first.
+    """
+    reduced = tuple(range(x.dim())) if dims is None else dims
+    low, high = x.aminmax() if dims is None else (x.amin(dims), x.amax(dims))
+    if bool((low.isfinite() & high.isfinite()).all()):  # a NaN would be either
+        return low + 0.0, high + 0.0, torch.zeros((), dtype=torch.int64, device=x.device)
     finite = x.isfinite()
     count = x.numel() - finite.sum()
     if nonfinite == "raise" and int(count) > 0:
         raise ValueError(
             f"{op}: x: expected finite values, got {int(count)} NaN or infinite of {x.numel()}"
         )
-    low, high = x, x
     if nonfinite == "ignore":
-        low = torch.where(finite, x, torch.inf)
-        high = torch.where(finite, x, -torch.inf)
-    reduced = tuple(range(x.dim())) if dims is None else dims
-    # + 0.0 makes a zero positive, whichever of the two zeros came first
-    return low.amin(reduced) + 0.0, high.amax(reduced) + 0.0, count
+        low = torch.where(finite, x, torch.inf).amin(reduced)
+        high = torch.where(finite, x, -torch.inf).amax(reduced)
+    return low + 0.0, high + 0.0, count
 
 
 def reference(
