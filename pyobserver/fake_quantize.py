@@ -141,9 +141,10 @@ class FakeQuantize(FakeQuantizeBase):
         self.ch_axis = getattr(watcher, "ch_axis", -1)
         float_zero_point = self.qscheme == torch.per_channel_affine_float_qparams
         zero_dtype = torch.float32 if float_zero_point else torch.int32
-        device = getattr(watcher, "min_val", torch.empty(0)).device
-        self.register_buffer("scale", torch.ones(1, device=device))
-        self.register_buffer("zero_point", torch.zeros(1, dtype=zero_dtype, device=device))
+        like = getattr(watcher, "min_val", torch.empty(0))
+        size = max(1, like.numel())
+        self.register_buffer("scale", torch.ones(size, device=like.device))
+        self.register_buffer("zero_point", torch.zeros(size, dtype=zero_dtype, device=like.device))
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The observer's scale and zero point."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -29,7 +30,8 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: OrderedDict[str, Any]) ->
     """Load what :func:`get_observer_state_dict` returned into a model prepared the same way.
 
     Raises:
-        KeyError: entries are missing, or belong to no observer of the model; nothing is loaded.
+        KeyError: entries are missing, or belong to no observer of the model.
+        ValueError: an entry has another shape. Either way the model is as it was.
 
     Source: ``torch.ao.quantization.load_observer_state_dict``.
     """
@@ -41,20 +43,24 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: OrderedDict[str, Any]) ->
     for problem, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
             raise KeyError(f"obs_dict: {problem} entries for the observers: {sorted(keys)}")
+    before = copy.deepcopy(expected)
+    errors = _load(mod, obs_dict)
+    if errors:
+        _load(mod, before)
+        raise ValueError(f"obs_dict: {'; '.join(errors)}")
+
+
+def _load(mod: nn.Module, obs_dict: OrderedDict[str, Any]) -> list[str]:
+    """Load into every observer and fake-quantize, ours or a host's; returns what did not fit."""
     metadata = getattr(obs_dict, "_metadata", {})
-    watchers: tuple[type[Any], ...] = (
-        ObserverBase,
-        FakeQuantizeBase,
-        *host_classes("ObserverBase", "FakeQuantizeBase"),
-    )
+    watchers: tuple[type[Any], ...] = (ObserverBase, FakeQuantizeBase)
+    watchers += host_classes("ObserverBase", "FakeQuantizeBase")
+    errors: list[str] = []
     for name, module in mod.named_modules():
         if isinstance(module, watchers):
-            errors: list[str] = []
-            module._load_from_state_dict(
-                obs_dict, name + ".", metadata.get(name, {}), False, [], [], errors
-            )
-            if errors:
-                raise ValueError(f"obs_dict: {'; '.join(errors)}")
+            version = metadata.get(name, {})
+            module._load_from_state_dict(obs_dict, name + ".", version, False, [], [], errors)
+    return errors
 
 
 def _current(key: str) -> str:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_TENSOR, bit_width, check_qscheme
-from ..ops.histogram import COMBINES, UPSAMPLE_RATE, histogram
+from ..ops.histogram import UPSAMPLE_RATE, check_combine, histogram
 from ..ops.range_search import range_search
 from .base import UniformQuantizationObserverBase
 
@@ -52,7 +51,9 @@ class HistogramObserver(UniformQuantizationObserverBase):
     ):
         owner = type(self).__name__
         check_qscheme(owner, qscheme, PER_TENSOR)
-        _checks.check_choice(owner, "combine", combine, COMBINES)
+        if upsample_rate is None:
+            upsample_rate = UPSAMPLE_RATE.get(combine, 1)
+        check_combine(owner, combine, upsample_rate)
         if is_dynamic:
             raise NotImplementedError(
                 f"{owner}: is_dynamic: expected False (no dynamic quantization by histogram), "
@@ -73,7 +74,7 @@ class HistogramObserver(UniformQuantizationObserverBase):
         )
         self.bins = bins
         self.combine = combine
-        self.upsample_rate = UPSAMPLE_RATE[combine] if upsample_rate is None else upsample_rate
+        self.upsample_rate = upsample_rate
         self.dst_nbins = 2 ** bit_width(dtype)
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=device))

@@ -31,7 +31,7 @@ def _check_histogram(
     _checks.check_state(op, f"{prefix}max_val", max_val, (torch.float32,), 1)
 
 
-def _check_combine(op: str, combine: str, upsample_rate: int) -> None:
+def check_combine(op: str, combine: str, upsample_rate: int) -> None:
     _checks.check_choice(op, "combine", combine, COMBINES)
     if not 1 <= upsample_rate <= 65536:
         raise ValueError(
@@ -54,7 +54,7 @@ def _check(
     _checks.check_input(op, "x", x)
     _check_histogram(op, "", counts, min_val, max_val)
     _checks.check_state(op, "nonfinite_count", nonfinite_count, (torch.int64,), 1)
-    _check_combine(op, combine, upsample_rate)
+    check_combine(op, combine, upsample_rate)
     _checks.check_choice(op, "nonfinite", nonfinite, _checks.NONFINITE)
     _checks.check_enabled(op, enabled)
     others = {"counts": counts, "min_val": min_val, "max_val": max_val}
@@ -282,7 +282,7 @@ def _check_histogram_combine(
     _checks.check_same_device(
         op, counts, {**others, "other_min_val": other_min_val, "other_max_val": other_max_val}
     )
-    _check_combine(op, combine, upsample_rate)
+    check_combine(op, combine, upsample_rate)
 
 
 def reference_combine(
