@@ -73,12 +73,6 @@ def quant_bounds(
     return quant_min, quant_max
 
 
-def bit_width(dtype: torch.dtype) -> int:
-    """Bits of a quantized type: 8 for int8."""
-    least, greatest = dtype_bounds(dtype)
-    return (greatest - least).bit_length()
-
-
 PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
 PER_CHANNEL = (
     torch.per_channel_affine,

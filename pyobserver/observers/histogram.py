@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..compat.hosts import offer_to_hosts
-from ..dtypes import PER_TENSOR, bit_width, check_qscheme
+from ..dtypes import PER_TENSOR, check_qscheme
 from ..ops.histogram import UPSAMPLE_RATE, check_combine, histogram
 from ..ops.range_search import range_search
 from .base import UniformQuantizationObserverBase
@@ -75,7 +75,7 @@ class HistogramObserver(UniformQuantizationObserverBase):
         self.bins = bins
         self.combine = combine
         self.upsample_rate = upsample_rate
-        self.dst_nbins = 2 ** bit_width(dtype)
+        self.dst_nbins = 2 ** torch.iinfo(dtype).bits
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=device))
         self.register_buffer("min_val", torch.tensor(torch.inf, device=device))

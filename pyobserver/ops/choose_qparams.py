@@ -43,32 +43,29 @@ def _fused(
     low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of torch's fused moving-average kernel."""
-    two_sided = (low < 0) & (high > 0)
     if symmetric:
+        two_sided = (low < 0) & (high > 0)
         least, most = -((quant_max - quant_min) // 2 + 1), (quant_max - quant_min) // 2
         bound = torch.maximum((low / least).abs(), (high / most).abs()).double()
         low = torch.where(two_sided, (bound * least).float(), low)
         high = torch.where(two_sided, (bound * most).float(), high)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = (high.double() - low.double()) / (quant_max - quant_min)
-    unusable = (scale.float() == 0) | (1.0 / scale.float()).isinf()
+    scale = ((high.double() - low.double()) / (quant_max - quant_min)).float()
+    unusable = (scale == 0) | (1.0 / scale).isinf()
     scale = torch.where(unusable, 0.1, scale)
     small = scale < _LEAST_FUSED_SCALE
-    width, amplifier = (
-        _LEAST_FUSED_SCALE * (quant_max - quant_min),
-        _LEAST_FUSED_SCALE / scale.float(),
-    )
+    width = _LEAST_FUSED_SCALE * (quant_max - quant_min)
+    amplifier = _LEAST_FUSED_SCALE / scale
     grown_high = torch.where(low == 0, width, torch.where(high == 0, high, high * amplifier))
     grown_low = torch.where(low == 0, low, torch.where(high == 0, -width, low * amplifier))
-    low, high = (
-        torch.where(small, grown_low, low).double(),
-        torch.where(small, grown_high, high).double(),
-    )
-    scale = torch.where(small, _LEAST_FUSED_SCALE, scale)
-    low_nearer = abs(quant_min) - (low / scale).abs() < abs(quant_max) - (high / scale).abs()
+    low = torch.where(small, grown_low, low).double()
+    high = torch.where(small, grown_high, high).double()
+    scale = torch.where(small, _LEAST_FUSED_SCALE, scale).double()
+    low_nearer = abs(quant_min) + (low / scale).abs() < abs(quant_max) + (high / scale).abs()
     zero_point = torch.where(low_nearer, quant_min - low / scale, quant_max - high / scale)
     if symmetric:
-        zero_point = torch.where(two_sided, (quant_min + quant_max) / 2, zero_point)
+        # asked again: denormals became 0 above
+        zero_point = torch.where((low < 0) & (high > 0), (quant_min + quant_max) / 2, zero_point)
     return scale.float(), torch.round(zero_point.nan_to_num(0.0)).clamp(quant_min, quant_max)
 
 
@@ -165,7 +162,7 @@ def choose_qparams(
 
     Source: ``UniformQuantizationObserverBase._calculate_qparams`` of torch 2.13; two results
     differ: a width above the greatest float32 and an int32 zero point do not overflow. The fused
-    ones: ``ChooseQuantizationParams`` of ATen.
+    ones: ``ChooseQuantizationParams`` of FBGEMM.
     """
     args = (
         min_val, max_val, scale, zero_point, eps,

@@ -261,7 +261,7 @@ def fake_quantize(
             scale and zero_point are checked on the CPU (elsewhere that would be a device sync).
 
     Source: ``torch.fake_quantize_per_tensor_affine`` and ``..._per_channel_affine``, bit for bit,
-    but for infinities per channel, where torch gives the least value for +inf.
+    but for +inf, and values beyond 2^63 steps, per channel: torch gives the least value there.
     """
     args = (scale, zero_point, quant_min, quant_max, axis, enabled)
     try:

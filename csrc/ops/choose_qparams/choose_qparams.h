@@ -33,8 +33,7 @@ PYOBS_HD float scale_of_width(float low, float high, float steps) {
 
 PYOBS_HD QParams fused_qparams(float low, float high, int64_t quant_min, int64_t quant_max,
                                bool symmetric) {
-  const bool middle = symmetric && low < 0.0f && high > 0.0f;
-  if (middle) {
+  if (symmetric && low < 0.0f && high > 0.0f) {
     const int64_t least = -((quant_max - quant_min) / 2 + 1);
     const int64_t most = (quant_max - quant_min) / 2;
     const float from_low = __builtin_fabsf(low / static_cast<float>(least));
@@ -47,29 +46,31 @@ PYOBS_HD QParams fused_qparams(float low, float high, int64_t quant_min, int64_t
   float positive = high < 0.0f ? 0.0f : high;
   const double first = static_cast<double>(quant_min), last = static_cast<double>(quant_max);
   const double steps = static_cast<double>(quant_max - quant_min);
-  double scale = (static_cast<double>(positive) - static_cast<double>(negative)) / steps;
-  const float narrow = static_cast<float>(scale);
-  if (narrow == 0.0f || 1.0f / narrow == __builtin_huge_valf()) {
-    scale = 0.1;
+  float scale =
+      static_cast<float>((static_cast<double>(positive) - static_cast<double>(negative)) / steps);
+  if (scale == 0.0f || 1.0f / scale == __builtin_huge_valf()) {
+    scale = 0.1f;
   }
   constexpr float kLeastScale = 6.1e-5f;
-  if (scale < static_cast<double>(kLeastScale)) {
+  if (scale < kLeastScale) {
     const float width = kLeastScale * static_cast<float>(steps);
-    const float amplifier = kLeastScale / static_cast<float>(scale);
+    const float amplifier = kLeastScale / scale;
     const bool from_zero = negative == 0.0f, to_zero = positive == 0.0f;
     positive = from_zero ? width : (to_zero ? positive : positive * amplifier);
     negative = from_zero ? negative : (to_zero ? -width : negative * amplifier);
-    scale = static_cast<double>(kLeastScale);
+    scale = kLeastScale;
   }
-  const double below = static_cast<double>(negative) / scale;
-  const double above = static_cast<double>(positive) / scale;
+  const double below = static_cast<double>(negative) / static_cast<double>(scale);
+  const double above = static_cast<double>(positive) / static_cast<double>(scale);
   const bool low_nearer =
-      __builtin_fabs(first) - __builtin_fabs(below) < __builtin_fabs(last) - __builtin_fabs(above);
+      __builtin_fabs(first) + __builtin_fabs(below) < __builtin_fabs(last) + __builtin_fabs(above);
   double zero_point = low_nearer ? first - below : last - above;
+  // asked again: denormals became 0 above
+  const bool middle = symmetric && negative < 0.0f && positive > 0.0f;
   zero_point = middle ? (first + last) / 2 : zero_point;
   zero_point = zero_point == zero_point ? __builtin_nearbyint(zero_point) : 0.0;
   zero_point = zero_point < first ? first : (zero_point > last ? last : zero_point);
-  return {static_cast<float>(scale), static_cast<int64_t>(zero_point), 0.0f};
+  return {scale, static_cast<int64_t>(zero_point), 0.0f};
 }
 
 PYOBS_HD QParams choose_qparams(float low, float high, float eps, int64_t quant_min,

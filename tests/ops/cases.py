@@ -1,0 +1,180 @@
+"""What the tests of every op share: the tensors they run over, and how results are compared."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# None is a 0-d tensor; the others straddle the vector lengths, and the last few tails of them
+SIZES = (None, 0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000)
+LARGE = 2**20 + 3  # above every threshold for threads
+SHAPE = (6, 4, 5, 3)
+
+properties = settings(derandomize=True, deadline=None, max_examples=50)
+
+View = Callable[[Tensor], Tensor]
+
+# the shape to start from, and the view of it whose shape is SHAPE
+LAYOUTS: dict[str, tuple[tuple[int, ...], View]] = {
+    "contiguous": (SHAPE, lambda x: x),
+    "unaligned": ((361,), lambda x: x[1:].view(SHAPE)),
+    "sliced": ((6, 4, 5, 7), lambda x: x[..., 1::2]),
+    "cropped": ((8, 4, 6, 3), lambda x: x[1:7, :, 1:]),
+    "transposed": ((3, 5, 4, 6), lambda x: x.permute(3, 2, 1, 0)),
+    "permuted": ((5, 3, 6, 4), lambda x: x.permute(2, 3, 0, 1)),
+    "channels_last": (SHAPE, lambda x: x.contiguous(memory_format=torch.channels_last)),
+    "expanded": ((6, 1, 5, 3), lambda x: x.expand(SHAPE)),
+    "one_value": ((), lambda x: x.expand(SHAPE)),
+    "overlapping": ((124,), lambda x: x.as_strided(SHAPE, (20, 5, 1, 1), 1)),
+}
+
+SPECIAL: dict[str, list[float]] = {
+    "nan": [1.0, float("nan"), -2.0],
+    "nan_first": [float("nan"), 1.0, -2.0, 0.5],
+    "all_nan": [float("nan")] * 9,
+    "inf": [1.0, float("inf"), -2.0],
+    "minus_inf": [1.0, -float("inf"), 5.0],
+    "both_inf": [float("inf"), 3.0, -float("inf"), float("nan")],
+    "only_inf": [float("inf"), -float("inf")],
+    "nan_late": [0.25] * 70 + [float("nan")],
+    "minus_zero": [-0.0, -0.0],
+    "both_zeros": [0.0, -0.0, 0.0, -0.0],
+    "denormal": [1e-45, -1e-45, 3e-42, 0.0],
+    "equal": [2.5] * 17,
+    "equal_negative": [-3.0] * 17,
+    "huge": [3e38, -3e38, 1e38, 0.0],
+    "tiny": [1e-38, 2e-38, -1e-38],
+    "large_equal": [3e10] * 5,
+}
+
+
+def sample(
+    shape: Sequence[int] | int | None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
+    """Normal values, three wide, the same for every dtype but for rounding."""
+    dims = () if shape is None else (shape,) if isinstance(shape, int) else tuple(shape)
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(dims, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def value_lists(bound: float = 1e6) -> st.SearchStrategy[list[float]]:
+    return st.lists(st.floats(-bound, bound, width=32), min_size=1, max_size=40)
+
+
+def laid_out(layout: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
+    shape, view = LAYOUTS[layout]
+    return view(sample(shape, dtype, seed).to(device))
+
+
+def assert_same(actual: Tensor, expected: Tensor, context: object = "") -> None:
+    """Equal to the last bit, the sign of a zero included; one NaN is as good as another."""
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    assert actual.dtype == expected.dtype, context
+    assert actual.shape == expected.shape, context
+    bits_actual, bits_expected = actual, expected
+    if expected.is_floating_point():
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+            expected.element_size()
+        ]
+        bits_actual, bits_expected = (
+            t.where(t == t, torch.nan).contiguous().view(integer) for t in (actual, expected)
+        )
+    wrong = (bits_actual != bits_expected).reshape(-1)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        pytest.fail(
+            f"{context}: {int(wrong.sum())} of {wrong.numel()} differ, the first at {at}: "
+            f"got {actual.reshape(-1)[at].item()!r}, expected {expected.reshape(-1)[at].item()!r}"
+        )
+
+
+def assert_all_same(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], context: object = ""
+) -> None:
+    assert len(actual) == len(expected)
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_same(one, other, (context, i))
+
+
+@contextmanager
+def unchanged(*state: Tensor) -> Iterator[None]:
+    """The tensors hold the same bits after the block as before."""
+    before = [t.clone() for t in state]
+    yield
+    assert_all_same(state, before, "state changed")
+
+
+def assert_rejected(
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    error: type[Exception] | tuple[type[Exception], ...],
+    match: str | None = None,
+) -> None:
+    """The call raises, and no tensor among its arguments has changed."""
+    tensors = [
+        value
+        for value in arguments.values()
+        if isinstance(value, Tensor)
+        and value.device.type != "meta"
+        and value.layout is torch.strided
+        and not value.is_quantized
+    ]
+    with unchanged(*tensors), pytest.raises(error, match=match):
+        call(**arguments)
+
+
+def not_dense_real_float() -> dict[str, tuple[Any, str]]:
+    """What no op takes for its data, with what the message says came."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and said so once a process
+        quantized = torch.quantize_per_tensor(torch.zeros(3, 4), 0.1, 0, torch.quint8)
+    return {
+        "integer": (torch.zeros(3, 4, dtype=torch.int32), "got torch.int32"),
+        "bool": (torch.zeros(3, 4, dtype=torch.bool), "got torch.bool"),
+        "complex": (torch.zeros(3, 4, dtype=torch.complex64), "got torch.complex64"),
+        "float8": (torch.zeros(3, 4).to(torch.float8_e4m3fn), "got torch.float8_e4m3fn"),
+        "sparse": (torch.eye(4).to_sparse(), "got a sparse tensor"),
+        "quantized": (quantized, "got a quantized tensor"),
+        "list": ([1.0, 2.0], "got list"),
+        "none": (None, "got NoneType"),
+    }
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def opcheck(name: str, *args: Any, **kwargs: Any) -> None:
+    """All the checks of ``torch.library.opcheck``, none of them skipped."""
+    results = torch.library.opcheck(getattr(torch.ops.pyobserver, name).default, args, kwargs)
+    assert len(results) == 4
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def opcheck_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Empty, 0-d, odd and strided tensors."""
+    return {
+        "0-d": sample(None, dtype),
+        "empty": sample(0, dtype),
+        "empty_2d": sample((0, 3), dtype),
+        "odd": sample(33, dtype),
+        "sliced": laid_out("sliced", dtype),
+        "transposed": laid_out("transposed", dtype),
+        "channels_last": laid_out("channels_last", dtype),
+        "expanded": laid_out("expanded", dtype),
+    }

@@ -1,0 +1,648 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backends import Backend
+from hypothesis import given
+from hypothesis import strategies as st
+from streams import streams
+from torch import Tensor
+from torch.ao.quantization import HistogramObserver
+
+from pyobserver import ops
+from pyobserver.ops.histogram import reference, reference_combine
+
+from .cases import (
+    DTYPES,
+    LARGE,
+    LAYOUTS,
+    SIZES,
+    assert_all_same,
+    assert_rejected,
+    assert_same,
+    laid_out,
+    not_dense_real_float,
+    opcheck,
+    opcheck_inputs,
+    properties,
+    sample,
+    threads,
+    unchanged,
+    value_lists,
+)
+
+State = tuple[Tensor, Tensor, Tensor, Tensor]
+STREAMS = streams()
+COMBINES = ("midpoint", "aligned")
+
+
+def fresh(bins: int, device: str = "cpu") -> State:
+    return (
+        torch.zeros(bins, dtype=torch.float64, device=device),
+        torch.tensor(torch.inf, device=device),
+        torch.tensor(-torch.inf, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+def state_of(counts: list[float], low: float, high: float, device: str = "cpu") -> State:
+    return (
+        torch.tensor(counts, dtype=torch.float64, device=device),
+        torch.tensor(low, device=device),
+        torch.tensor(high, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+def histc(x: Tensor, bins: int, low: Tensor, high: Tensor) -> Tensor:
+    """float32 and no half type: ``torch.histc`` is not safe with those."""
+    return torch.histc(x.float(), bins, float(low), float(high)).double()
+
+
+def exact_counts(x: Tensor, bins: int, low: float, high: float) -> Tensor:
+    """The bins of finite values in float64, for ranges that float32 cannot divide."""
+    values = x.double().numpy().reshape(-1)
+    index = np.floor((values - low) * bins / (high - low)).astype(np.int64).clip(0, bins - 1)
+    return torch.from_numpy(np.bincount(index, minlength=bins)).double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(backend: Backend, size: int | None, dtype: torch.dtype) -> None:
+    x = sample(size, dtype)
+    for bins in (2, 7, 256, 2048):
+        state = fresh(bins, backend.device)
+        backend.op("histogram")(x.to(backend.device), *state)
+        if size == 0:
+            assert_all_same(state, fresh(bins))
+            continue
+        low, high = torch.aminmax(x.float())
+        expected = histc(x, bins, low, high)
+        assert_all_same(state, (expected, low, high, torch.tensor(0)), bins)
+        assert state[0].sum() == x.numel()  # D1: no value falls outside
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend: Backend, layout: str, dtype: torch.dtype) -> None:
+    state = fresh(64, backend.device)
+    x = laid_out(layout, dtype, backend.device)
+    backend.op("histogram")(x, *state)
+    values = x.cpu().float()
+    low, high = torch.aminmax(values)
+    assert_all_same(state, (histc(values, 64, low, high), low, high, torch.tensor(0)))
+
+
+@pytest.mark.parametrize("bins", [3, 64, 2048])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_growth_is_that_of_torch(backend: Backend, stream: str, bins: int) -> None:
+    """After every batch: up to 2^24 values the counts are computed in float32, as torch does."""
+    state, theirs = fresh(bins, backend.device), HistogramObserver(bins=bins)
+    for x in STREAMS[stream]:
+        backend.op("histogram")(x.to(backend.device), *state)
+        theirs(x)
+        expected = (theirs.histogram.double(), theirs.min_val, theirs.max_val, torch.tensor(0))
+        assert_all_same(state, expected)
+
+
+@pytest.mark.parametrize("upsample_rate", [1, 2, 3, 16, 100])
+def test_upsample_rate(backend: Backend, upsample_rate: int) -> None:
+    state, theirs = fresh(32, backend.device), HistogramObserver(bins=32)
+    theirs.upsample_rate = upsample_rate
+    for x in STREAMS["growing"][:2]:
+        backend.op("histogram")(x.to(backend.device), *state, "midpoint", upsample_rate)
+        theirs(x)
+    assert_same(state[0], theirs.histogram.double())
+
+
+def test_many_growths_are_those_of_torch(backend: Backend) -> None:
+    state, theirs = fresh(128, backend.device), HistogramObserver(bins=128)
+    for i in range(20):
+        x = sample(500, seed=i) * 1.1**i + i
+        backend.op("histogram")(x.to(backend.device), *state)
+        theirs(x)
+        expected = (theirs.histogram.double(), theirs.min_val, theirs.max_val, torch.tensor(0))
+        assert_all_same(state, expected, i)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(("start", "precision"), [(0, 1e-6), (2**30, 1e-12)])
+def test_many_growths(backend: Backend, combine: str, start: int, precision: float) -> None:
+    """Every kernel has the counts of the reference; above 2^24 they are computed in float64."""
+    state, expected = fresh(128, backend.device), fresh(128)
+    total = start
+    if start:
+        state, expected = (
+            state_of([start / 128] * 128, -1.0, 1.0, device) for device in (backend.device, "cpu")
+        )
+    for i in range(20):
+        x = sample(500, seed=i) * 1.1**i + i
+        total += x.numel()
+        backend.op("histogram")(x.to(backend.device), *state, combine)
+        reference(x, *expected, combine)
+        assert_all_same(state, expected, i)
+        assert float(state[0].sum()) == pytest.approx(total, rel=precision)
+        assert (state[0] >= 0).all()
+
+
+class Aligned:
+    """Combining as torch had it up to 2.3, on a grid that is laid out in full, in float32."""
+
+    def __init__(self, bins: int, upsample_rate: int):
+        self.bins, self.upsample_rate = bins, upsample_rate
+        self.counts = np.zeros(bins)
+        self.low, self.high = np.inf, -np.inf
+
+    def add(self, x: Tensor) -> None:
+        low, high = (float(edge) for edge in torch.aminmax(x))
+        if self.low <= self.high:
+            low, high = min(low, self.low), max(high, self.high)
+            high = self.carry(low, high)
+        new = histc(x, self.bins, torch.tensor(low), torch.tensor(high)).numpy()
+        self.counts = (self.counts + new).astype(np.float32).astype(np.float64)
+        self.low, self.high = low, high
+
+    def carry(self, low: float, high: float) -> float:
+        if (low, high) == (self.low, self.high):
+            return high
+        part = (self.high - self.low) / (self.bins * self.upsample_rate)
+        per_bin = int(np.ceil((high - low) / (self.bins * part)))
+        start = round((self.low - low) / part)
+        grid = np.zeros(self.bins * per_bin)
+        parts = np.repeat(self.counts / self.upsample_rate, self.upsample_rate)
+        # what rounding of the start puts past the end belongs to the last bin
+        np.add.at(grid, np.minimum(start + np.arange(parts.size), grid.size - 1), parts)
+        self.counts = grid.reshape(self.bins, per_bin).sum(1)
+        return max(high, float(np.float32(low + per_bin * self.bins * part)))
+
+
+@pytest.mark.parametrize("upsample_rate", [1, 16, 128])
+@pytest.mark.parametrize("stream", ["normal", "relu", "growing", "drifting", "shrinking", "tiny"])
+def test_aligned(backend: Backend, stream: str, upsample_rate: int) -> None:
+    for bins in (2, 64):
+        state, expected = fresh(bins, backend.device), Aligned(bins, upsample_rate)
+        for x in STREAMS[stream]:
+            backend.op("histogram")(x.to(backend.device), *state, "aligned", upsample_rate)
+            expected.add(x)
+            assert float(state[1]) == expected.low
+            assert float(state[2]) == expected.high
+            assert_same(state[0], torch.from_numpy(expected.counts), (bins, upsample_rate))
+
+
+def test_aligned_takes_ranges_of_any_ratio(backend: Backend) -> None:
+    """D2: a grid of the small range's bins over the large range would have 1e63 of them."""
+    state, expected = fresh(256, backend.device), fresh(256)
+    for i, scale in enumerate((1e-30, 1e-10, 1.0, 1e10, 1e30)):
+        x = sample(100, seed=i) * scale
+        backend.op("histogram")(x.to(backend.device), *state, "aligned")
+        reference(x, *expected, "aligned")
+        assert_all_same(state, expected, scale)
+        assert float(state[0].sum()) == pytest.approx(100 * (i + 1), rel=1e-6)
+    low, high = torch.aminmax(x)
+    assert state[1] == low
+    assert state[2] >= high
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_counts_pass_2_to_the_24(backend: Backend, combine: str) -> None:
+    """D7: float32 counts stop there."""
+    state = state_of([2.0**24, 0.0, 0.0, 2.0**40], -1.0, 1.0, backend.device)
+    x = torch.tensor([-1.0, -1.0, -1.0, 0.3, 1.0], device=backend.device)
+    backend.op("histogram")(x, *state, combine)
+    assert_same(state[0], torch.tensor([2.0**24 + 3, 0, 1, 2.0**40 + 1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ([-3e38, 3e38, 0.0, 1e38, -1e38], -3e38, 3e38),
+        (
+            [-3.4028234663852886e38, 3.4028234663852886e38],
+            -3.4028234663852886e38,
+            3.4028234663852886e38,
+        ),
+        ([0.0, 3e38, 1e38], 0.0, 3e38),
+        ([0.0, 1e36, 3e35, 7e35], 0.0, 1e36),
+    ],
+)
+def test_wide_ranges(
+    backend: Backend, values: list[float], low: float, high: float, combine: str
+) -> None:
+    """D12: the width, or its product with the number of bins, leaves float32."""
+    x = torch.tensor(values)
+    state = fresh(2048, backend.device)
+    backend.op("histogram")(x.to(backend.device), *state, combine)
+    expected = exact_counts(x, 2048, float(x.min()), float(x.max()))
+    assert_all_same(state, (expected, torch.tensor(low), torch.tensor(high), torch.tensor(0)))
+    # and a range that grows to one so wide
+    state, other = fresh(64, backend.device), fresh(64)
+    for batch in (torch.tensor([0.5, 1.0]), x / 10, x):
+        backend.op("histogram")(batch.to(backend.device), *state, combine)
+        reference(batch, *other, combine)
+    assert_all_same(state, other)
+    assert float(state[0].sum()) == pytest.approx(2 + 2 * len(values))
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(
+    "values",
+    [[0.0, 1e-45], [1e-40, 1.1e-40, 3e-40], [1.0, 1.0000001], [-1e-45, 1e-45], [1e-38, 1.1e-38]],
+)
+def test_narrow_ranges(backend: Backend, values: list[float], combine: str) -> None:
+    """D13: the width of a bin leaves float32; nothing is lost, and all kernels agree."""
+    x = torch.tensor(values)
+    state, expected = fresh(2048, backend.device), fresh(2048)
+    for i, batch in enumerate((x, x * 2, torch.tensor([-1.0, 1.0]))):
+        backend.op("histogram")(batch.to(backend.device), *state, combine)
+        reference(batch, *expected, combine)
+        assert_all_same(state, expected, i)
+        assert state[0].isfinite().all()
+    assert float(state[0].sum()) == pytest.approx(2 * len(values) + 2)
+
+
+@pytest.mark.parametrize("value", [2.5, 0.0, -3.0, -0.0, 1e-45, 1e10, -3e38])
+def test_constant(backend: Backend, value: float) -> None:
+    """D13: all counts in the middle bin, however large the value."""
+    state = fresh(16, backend.device)
+    x = torch.full((5,), value, device=backend.device)
+    backend.op("histogram")(x, *state)
+    backend.op("histogram")(x[:2], *state)
+    expected = torch.zeros(16, dtype=torch.float64)
+    expected[8] = 7
+    edge = torch.tensor(value) + 0.0
+    assert_all_same(state, (expected, edge, edge, torch.tensor(0)))
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_constant_then_more(backend: Backend, combine: str) -> None:
+    """A single value seen goes whole into the bin that it falls into."""
+    state = fresh(4, backend.device)
+    for x in (torch.full((6,), 0.25), torch.tensor([0.0, 1.0])):
+        backend.op("histogram")(x.to(backend.device), *state, combine)
+    assert_same(state[0], torch.tensor([1.0, 6, 0, 1], dtype=torch.float64))
+
+
+NONFINITE = torch.tensor([1.0, torch.nan, -2.0, torch.inf, 0.5, -torch.inf, torch.nan])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nonfinite_ignored(backend: Backend, dtype: torch.dtype) -> None:
+    """D10, D11: also as the first batch, where torch.ao breaks for good."""
+    state, expected = fresh(8, backend.device), fresh(8)
+    for x in (NONFINITE, NONFINITE * 2, NONFINITE[3:4]):
+        backend.op("histogram")(x.to(dtype).to(backend.device), *state)
+        finite = x[x.isfinite()]
+        if finite.numel():
+            reference(finite, *expected)
+        expected[3].add_(x.numel() - finite.numel())
+        assert_all_same(state, expected)
+    assert int(state[3]) == 9
+    assert state[0].sum() == 6
+
+
+def test_nonfinite_propagated(backend: Backend) -> None:
+    """The range is that of torch.aminmax, and a range that is not finite keeps its counts."""
+    state = fresh(8, backend.device)
+    usual = torch.tensor([0.0, 1.0], device=backend.device)
+    propagate: dict[str, Any] = {"nonfinite": "propagate"}
+    backend.op("histogram")(usual, *state, **propagate)
+    counts = state[0].clone()
+    infinite = torch.tensor([0.5, torch.inf], device=backend.device)
+    backend.op("histogram")(infinite, *state, **propagate)
+    assert_all_same(state, (counts, torch.tensor(0.0), torch.tensor(torch.inf), torch.tensor(1)))
+    backend.op("histogram")(NONFINITE.to(backend.device), *state, **propagate)
+    nan = torch.tensor(torch.nan)
+    assert_all_same(state, (counts, nan, nan, torch.tensor(5)))
+
+
+def test_nonfinite_raise(backend: Backend) -> None:
+    state = fresh(8, backend.device)
+    backend.op("histogram")(sample(9).to(backend.device), *state, nonfinite="raise")
+    x = NONFINITE.to(backend.device)
+    with unchanged(*state), pytest.raises((ValueError, RuntimeError), match="4 NaN or infinite"):
+        backend.op("histogram")(x, *state, nonfinite="raise")
+    with unchanged(*state), pytest.raises(ValueError, match=r"^histogram: x: .* 4 NaN .* of 7"):
+        ops.histogram(x, *state, nonfinite="raise")
+
+
+def test_float64_is_rounded_to_float32(backend: Backend) -> None:
+    x = torch.tensor([0.1, -0.3, 1e300, 0.1 + 1e-12], dtype=torch.float64)
+    state, expected = fresh(16, backend.device), fresh(16)
+    backend.op("histogram")(x.to(backend.device), *state)
+    reference(x.float(), *expected)
+    assert_all_same(state, expected)
+    assert int(state[3]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("combine", COMBINES)
+def test_enabled(backend: Backend, combine: str, dtype: torch.dtype) -> None:
+    state, expected = fresh(32, backend.device), fresh(32)
+    for i, flag in enumerate((0, 1, 0, 1)):
+        enabled = torch.tensor([flag], dtype=dtype, device=backend.device)
+        x = sample(40, seed=i) * (i + 1)
+        x[3] = torch.nan
+        backend.op("histogram")(x.to(backend.device), *state, combine, 16, "ignore", enabled)
+        if flag:
+            reference(x, *expected, combine, 16)
+        assert_all_same(state, expected, i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_nothing(backend: Backend, dtype: torch.dtype) -> None:
+    x = sample(LARGE, dtype)
+    x[-1] = 100.0
+    low, high = torch.aminmax(x.float())
+    expected = (histc(x, 2048, low, high), low, high, torch.tensor(0))
+    for count in (1, 2):
+        state = fresh(2048, backend.device)
+        with threads(count):
+            backend.op("histogram")(x.to(backend.device), *state)
+        assert_all_same(state, expected, count)
+
+
+def test_half_bins_do_not_saturate(backend: Backend) -> None:
+    """D14: torch counts in the type of the input, where a bfloat16 bin stops at 256."""
+    x = torch.cat([torch.zeros(5000), torch.ones(3000)]).to(backend.device)
+    for dtype in DTYPES:
+        state = fresh(4, backend.device)
+        backend.op("histogram")(x.to(dtype), *state)
+        assert state[0].tolist() == [5000, 0, 0, 3000]
+
+
+def test_input_is_left_alone(backend: Backend) -> None:
+    x = sample(33).to(backend.device).requires_grad_()
+    state = fresh(8, backend.device)
+    with unchanged(x):
+        backend.op("histogram")(x, *state)
+    assert not any(t.requires_grad for t in state)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(
+    ("low", "high", "other_low", "other_high"),
+    [
+        (-1, 1, -1, 1),
+        (-1, 1, -3, 2),
+        (0, 5, 1, 2),
+        (2, 2, 0, 5),
+        (0, 5, 2, 2),
+        (1, 1, 1, 1),
+        (-9, -8, 8, 9),
+    ],
+)
+def test_combine(
+    backend: Backend, low: float, high: float, other_low: float, other_high: float, combine: str
+) -> None:
+    first = torch.linspace(low, high, 40)
+    second = torch.linspace(other_low, other_high, 24)
+    state, other = fresh(32), fresh(32)
+    reference(first, *state)
+    reference(second, *other)
+    expected = [t.clone() for t in state[:3]]
+    reference_combine(*expected, *other[:3], combine)
+    ours, theirs = ([t.to(backend.device) for t in s[:3]] for s in (state, other))
+    with unchanged(*theirs):
+        backend.op("histogram_combine")(*ours, *theirs, combine)
+    assert_all_same(ours, expected)
+    assert float(ours[0].sum()) == pytest.approx(64, rel=1e-6)
+    assert ours[1] == min(low, other_low)
+    assert ours[2] >= max(high, other_high)
+    if combine == "midpoint":
+        assert ours[2] == max(high, other_high)
+
+
+def test_combine_is_that_of_torch(backend: Backend) -> None:
+    """With an added histogram over the wider range, which is what torch.ao combines."""
+    theirs = HistogramObserver(bins=32)
+    first, second = STREAMS["growing"][0], STREAMS["growing"][0] * 1.9
+    state, other = fresh(32), fresh(32)
+    reference(first, *state)
+    reference(second, *other)
+    expected = theirs._combine_histograms(
+        state[0].float(), *state[1:3], other[0].float(), *other[1:3]
+    )
+    ours = [t.to(backend.device) for t in state[:3]]
+    backend.op("histogram_combine")(*ours, *(t.to(backend.device) for t in other[:3]))
+    assert_all_same(ours, (expected.double(), *other[1:3]))
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_combine_with_an_unfed_histogram(backend: Backend, combine: str) -> None:
+    fed = fresh(8, backend.device)
+    backend.op("histogram")(sample(20).to(backend.device), *fed)
+    for ours, theirs, expected in (
+        (fed[:3], fresh(8, backend.device)[:3], fed[:3]),
+        (fresh(8, backend.device)[:3], fed[:3], fed[:3]),
+        (fresh(8, backend.device)[:3], fresh(8, backend.device)[:3], fresh(8)[:3]),
+    ):
+        ours = [t.clone() for t in ours]
+        expected = [t.clone() for t in expected]
+        backend.op("histogram_combine")(*ours, *theirs, combine)
+        assert_all_same(ours, expected)
+
+
+@properties
+@given(
+    st.lists(value_lists(), min_size=1, max_size=5),
+    st.randoms(use_true_random=False),
+    st.sampled_from(COMBINES),
+    st.integers(2, 70),
+)
+def test_properties(batches: list[list[float]], random: Any, combine: str, bins: int) -> None:
+    """The order within a batch changes nothing, and no count is lost in growing or combining."""
+    state, shuffled, other = fresh(bins), fresh(bins), fresh(bins)
+    for batch in batches:
+        ops.histogram(torch.tensor(batch), *state, combine)
+        random.shuffle(batch)
+        ops.histogram(torch.tensor(batch), *shuffled, combine)
+    assert_all_same(shuffled, state)
+    total = sum(map(len, batches))
+    assert float(state[0].sum()) == pytest.approx(total, rel=1e-6)
+    assert (state[0] >= 0).all()
+    assert state[1] == min(map(min, batches))
+    assert state[2] >= max(map(max, batches))
+    ops.histogram(torch.tensor(batches[-1]) * 3, *other, combine)
+    ops.histogram_combine(*state[:3], *other[:3], combine)
+    assert float(state[0].sum()) == pytest.approx(total + len(batches[-1]), rel=1e-6)
+
+
+def test_meta() -> None:
+    ops.histogram(torch.empty(3, 5, device="meta"), *fresh(8, "meta"))
+    ops.histogram_combine(*fresh(8, "meta")[:3], *fresh(8, "meta")[:3])
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    counts, low, high, nonfinite_count = state_of([1.0, 2.0, 3.0, 4.0], -1.0, 1.0)
+    given = {"x": sample(9), "counts": counts, "min_val": low, "max_val": high}
+    return {**given, "nonfinite_count": nonfinite_count, **changed}
+
+
+REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "one_bin": (
+        {"counts": torch.zeros(1, dtype=torch.float64)},
+        ValueError,
+        r"counts: expected a 1-d tensor of at least 2 bins, got shape \(1,\)",
+    ),
+    "counts_2d": (
+        {"counts": torch.zeros(2, 2, dtype=torch.float64)},
+        ValueError,
+        r"counts: expected a 1-d tensor .* got shape \(2, 2\)",
+    ),
+    "counts_dtype": (
+        {"counts": torch.zeros(4)},
+        TypeError,
+        "counts: expected torch.float64, got torch.float32",
+    ),
+    "counts_strides": (
+        {"counts": torch.zeros(8, dtype=torch.float64)[::2]},
+        ValueError,
+        r"counts: expected a contiguous tensor, got strides \(2,\)",
+    ),
+    "counts_none": ({"counts": None}, TypeError, "counts: expected torch.float64, got NoneType"),
+    "min_val_dtype": (
+        {"min_val": torch.zeros((), dtype=torch.float64)},
+        TypeError,
+        "min_val: expected torch.float32, got torch.float64",
+    ),
+    "max_val_size": (
+        {"max_val": torch.zeros(2)},
+        ValueError,
+        r"max_val: expected 1 element, got shape \(2,\)",
+    ),
+    "count_dtype": (
+        {"nonfinite_count": torch.zeros(())},
+        TypeError,
+        "nonfinite_count: expected torch.int64, got torch.float32",
+    ),
+    "combine": ({"combine": "sum"}, ValueError, "combine: expected one of midpoint.* got 'sum'"),
+    "nonfinite": ({"nonfinite": "drop"}, ValueError, "nonfinite: expected one of .* got 'drop'"),
+    "rate_0": (
+        {"upsample_rate": 0},
+        ValueError,
+        r"upsample_rate: expected a value in \[1, 65536\], got 0",
+    ),
+    "rate_high": ({"upsample_rate": 65537}, ValueError, "upsample_rate: expected .*, got 65537"),
+    "enabled_dtype": (
+        {"enabled": torch.ones(1)},
+        TypeError,
+        "enabled: expected torch.uint8 .*, got torch.float32",
+    ),
+    "enabled_size": (
+        {"enabled": torch.ones(2, dtype=torch.uint8)},
+        ValueError,
+        r"enabled: expected 1 element, got shape \(2,\)",
+    ),
+    "x_meta": (
+        {"x": torch.empty(9, device="meta")},
+        ValueError,
+        "counts: expected a tensor on meta beside x, got one on cpu",
+    ),
+    "counts_meta": (
+        {"counts": torch.zeros(4, dtype=torch.float64, device="meta")},
+        ValueError,
+        "counts: expected a tensor on cpu beside x, got one on meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejects(name: str) -> None:
+    changed, error, match = REJECTED[name]
+    assert_rejected(ops.histogram, arguments(**changed), error, f"^histogram: {match}")
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_kernel_rejects(backend: Backend, name: str) -> None:
+    if backend.device == "cpu":
+        assert_rejected(backend.op("histogram"), arguments(**REJECTED[name][0]), Exception)
+
+
+def test_rejects_other_inputs(backend: Backend) -> None:
+    for x, came in not_dense_real_float().values():
+        expected = f"^histogram: x: expected a dense tensor of float32, .*, {came}"
+        assert_rejected(ops.histogram, arguments(x=x), TypeError, expected)
+        if backend.device == "cpu":
+            assert_rejected(backend.op("histogram"), arguments(x=x), Exception)
+
+
+def combine_arguments(**changed: Any) -> dict[str, Any]:
+    names = ("counts", "min_val", "max_val")
+    given = dict(zip(names, state_of([1.0, 2.0, 3.0, 4.0], -1.0, 1.0)[:3], strict=True))
+    other = state_of([4.0, 3.0, 2.0, 1.0], -2.0, 0.0)[:3]
+    given.update({f"other_{name}": t for name, t in zip(names, other, strict=True)})
+    return {**given, **changed}
+
+
+COMBINE_REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "bins": (
+        {"other_counts": torch.zeros(5, dtype=torch.float64)},
+        ValueError,
+        "other_counts: expected 4 bins, got 5",
+    ),
+    "one_bin": (
+        {"other_counts": torch.zeros(1, dtype=torch.float64)},
+        ValueError,
+        r"other_counts: expected a 1-d tensor of at least 2 bins, got shape \(1,\)",
+    ),
+    "dtype": (
+        {"other_counts": torch.zeros(4)},
+        TypeError,
+        "other_counts: expected torch.float64, got torch.float32",
+    ),
+    "counts_dtype": (
+        {"counts": torch.zeros(4, dtype=torch.int64)},
+        TypeError,
+        "counts: expected torch.float64, got torch.int64",
+    ),
+    "other_min_val": (
+        {"other_min_val": torch.zeros(2)},
+        ValueError,
+        r"other_min_val: expected 1 element, got shape \(2,\)",
+    ),
+    "other_max_val": (
+        {"other_max_val": torch.zeros((), dtype=torch.float64)},
+        TypeError,
+        "other_max_val: expected torch.float32, got torch.float64",
+    ),
+    "combine": ({"combine": "sum"}, ValueError, "combine: expected one of midpoint.* got 'sum'"),
+    "rate": ({"upsample_rate": -1}, ValueError, "upsample_rate: expected .*, got -1"),
+    "meta": (
+        {"other_counts": torch.zeros(4, dtype=torch.float64, device="meta")},
+        ValueError,
+        "other_counts: expected a tensor on cpu .*, got one on meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMBINE_REJECTED)
+def test_combine_rejects(name: str) -> None:
+    changed, error, match = COMBINE_REJECTED[name]
+    expected = f"^histogram_combine: {match}"
+    assert_rejected(ops.histogram_combine, combine_arguments(**changed), error, expected)
+
+
+@pytest.mark.parametrize("name", COMBINE_REJECTED)
+def test_combine_kernel_rejects(backend: Backend, name: str) -> None:
+    if backend.device == "cpu":
+        changed = COMBINE_REJECTED[name][0]
+        assert_rejected(backend.op("histogram_combine"), combine_arguments(**changed), Exception)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    for x in opcheck_inputs(dtype).values():
+        opcheck("histogram", x, *fresh(16))
+    enabled = torch.ones(1, dtype=torch.uint8)
+    opcheck("histogram", sample(9, dtype), *fresh(16), "aligned", 128, "propagate", enabled)
+    opcheck("histogram", sample((3, 3), dtype).requires_grad_(), *fresh(16))
+
+
+def test_opcheck_combine() -> None:
+    for combine in COMBINES:
+        opcheck("histogram_combine", **combine_arguments(combine=combine))
+    opcheck("histogram_combine", *fresh(16)[:3], *fresh(16)[:3])

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from backends import Backend
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pyobserver import ops
+
+from .cases import (
+    DTYPES,
+    LARGE,
+    LAYOUTS,
+    SHAPE,
+    SIZES,
+    SPECIAL,
+    assert_all_same,
+    assert_rejected,
+    laid_out,
+    not_dense_real_float,
+    opcheck,
+    opcheck_inputs,
+    properties,
+    sample,
+    threads,
+    unchanged,
+    value_lists,
+)
+
+UPDATES = ("running", "moving_average", "memoryless")
+AXES = (None, 0, 1, 2, 3, -1, -2, -3, -4)
+State = tuple[Tensor, Tensor, Tensor]
+
+
+def fresh(channels: int | None = None, device: str = "cpu") -> State:
+    size = () if channels is None else (channels,)
+    return (
+        torch.full(size, torch.inf, device=device),
+        torch.full(size, -torch.inf, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+def channels_of(x: Tensor, axis: int | None) -> int | None:
+    return None if axis is None else x.shape[axis]
+
+
+def fold(
+    x: Tensor,
+    state: State,
+    axis: int | None = None,
+    update: str = "running",
+    averaging_constant: float = 0.01,
+    nonfinite: str = "ignore",
+) -> None:
+    """What the op promises, out of ``torch.aminmax`` and the update rules of torch.ao."""
+    min_val, max_val, nonfinite_count = (t.reshape(-1) for t in state)
+    if x.numel() == 0:
+        return
+    values = x.detach().cpu().to(torch.float32)
+    rows = (
+        values.reshape(1, -1)
+        if axis is None
+        else values.movedim(axis, 0).reshape(x.shape[axis], -1)
+    )
+    nonfinite_count += (~values.isfinite()).sum()
+    for i, row in enumerate(rows):
+        kept = row[row.isfinite()] if nonfinite == "ignore" else row
+        if kept.numel() == 0:
+            continue
+        low, high = torch.aminmax(kept)
+        # which of two zeros is the least is nobody's promise: ours is positive
+        low, high = low + 0.0, high + 0.0
+        first = min_val[i] == torch.inf and max_val[i] == -torch.inf
+        if update == "running":
+            low, high = torch.min(min_val[i], low), torch.max(max_val[i], high)
+        elif update == "moving_average" and not first:
+            low = min_val[i] + averaging_constant * (low - min_val[i])
+            high = max_val[i] + averaging_constant * (high - max_val[i])
+        min_val[i], max_val[i] = low, high
+
+
+def check(backend: Backend, batches: list[Tensor], axis: int | None, **options: Any) -> None:
+    """Feeds the batches, comparing the state after each."""
+    state = fresh(channels_of(batches[0], axis), backend.device)
+    expected = fresh(channels_of(batches[0], axis))
+    for i, x in enumerate(batches):
+        backend.op("minmax")(x.to(backend.device), *state, axis=axis, **options)
+        fold(x, expected, axis, **options)
+        assert_all_same(state, expected, (i, tuple(x.shape), axis, options))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(backend: Backend, size: int | None, dtype: torch.dtype, update: str) -> None:
+    batches = [sample(size, dtype, seed) * (seed + 1) for seed in range(3)]
+    for axis in (None,) if size is None else (None, 0):
+        check(backend, batches, axis, update=update, averaging_constant=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend: Backend, layout: str, dtype: torch.dtype) -> None:
+    # the batch must keep its strides, so it is made where it is used
+    for axis in AXES:
+        state = fresh(channels_of(torch.empty(SHAPE), axis), backend.device)
+        expected = fresh(channels_of(torch.empty(SHAPE), axis))
+        for seed in range(2):
+            x = laid_out(layout, dtype, backend.device, seed)
+            backend.op("minmax")(x, *state, axis, "moving_average", 0.3)
+            fold(x, expected, axis, "moving_average", 0.3)
+            assert_all_same(state, expected, axis)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((1, 70, 1), 1),
+        ((70, 1), 0),
+        ((1, 1, 70), 2),
+        ((3, 1, 5), 1),
+        ((2, 17, 33), 1),
+        ((40, 3), 1),
+        ((3, 40), 0),
+        ((1000, 2), -1),
+        ((2, 2, 2, 2, 2, 9), 4),
+    ],
+)
+def test_shapes_per_channel(backend: Backend, shape: tuple[int, ...], axis: int) -> None:
+    for dtype in DTYPES:
+        check(backend, [sample(shape, dtype, seed) for seed in range(2)], axis)
+
+
+@pytest.mark.parametrize("nonfinite", ["ignore", "propagate"])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_values(backend: Backend, name: str, nonfinite: str) -> None:
+    special = torch.tensor(SPECIAL[name])
+    usual = sample(special.shape, seed=1)
+    for dtype in DTYPES:
+        for update in UPDATES:
+            for order in ([special, usual], [usual, special, usual]):
+                batches = [x.to(dtype) for x in order]
+                options = {"update": update, "averaging_constant": 0.25, "nonfinite": nonfinite}
+                check(backend, batches, None, **options)
+                check(backend, [torch.stack([x, x.flip(0)]) for x in batches], 0, **options)
+                check(backend, [torch.stack([x, x * 0 + 1], 1) for x in batches], 1, **options)
+
+
+def test_a_channel_without_finite_values_keeps_its_range(backend: Backend) -> None:
+    state = fresh(2, backend.device)
+    x = torch.tensor([[torch.nan, torch.inf], [1.0, 2.0]], device=backend.device)
+    backend.op("minmax")(x, *state, 0)
+    assert_all_same(
+        state, (torch.tensor([torch.inf, 1.0]), torch.tensor([-torch.inf, 2.0]), torch.tensor(2))
+    )
+    backend.op("minmax")(x.flip(0), *state, 0, "moving_average", 0.5)
+    assert_all_same(state, (torch.tensor([1.0, 1.0]), torch.tensor([2.0, 2.0]), torch.tensor(4)))
+
+
+def test_float64_is_rounded_to_float32(backend: Backend) -> None:
+    x = torch.tensor([0.1, -0.3, 1e300, -1e39], dtype=torch.float64, device=backend.device)
+    state = fresh(device=backend.device)
+    backend.op("minmax")(x, *state)
+    assert_all_same(state, (torch.tensor(-0.3), torch.tensor(0.1), torch.tensor(2)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_raise_leaves_the_state_as_it_was(backend: Backend, value: float) -> None:
+    for axis in (None, 1):
+        state = fresh(channels_of(torch.empty(2, 3), axis), backend.device)
+        backend.op("minmax")(sample((2, 3)).to(backend.device), *state, axis, nonfinite="raise")
+        x = sample((2, 3)).to(backend.device)
+        x[1, 2] = value
+        with (
+            unchanged(*state),
+            pytest.raises((ValueError, RuntimeError), match="1 NaN or infinite"),
+        ):
+            backend.op("minmax")(x, *state, axis, nonfinite="raise")
+        with (
+            unchanged(*state),
+            pytest.raises(ValueError, match=r"x: expected finite .* 1 NaN .* 6"),
+        ):
+            ops.minmax(x, *state, axis, nonfinite="raise")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+def test_enabled(backend: Backend, dtype: torch.dtype) -> None:
+    x = sample(33).to(backend.device)
+    x[3] = torch.nan
+    for update in UPDATES:
+        state, expected = fresh(device=backend.device), fresh()
+        for flag in (0, 1, 0):
+            enabled = torch.tensor([flag], dtype=dtype, device=backend.device)
+            backend.op("minmax")(x * (2 - flag), *state, None, update, 0.5, "ignore", enabled)
+            if flag:
+                fold(x, expected, None, update, 0.5)
+            assert_all_same(state, expected, (update, flag))
+
+
+def test_state_of_one_element_has_any_shape(backend: Backend) -> None:
+    x = sample(9).to(backend.device)
+    for shape in ((), (1,), (1, 1)):
+        state, expected = fresh(device=backend.device), fresh()
+        reshaped = tuple(t.reshape(shape) for t in state)
+        backend.op("minmax")(x, *reshaped)
+        fold(x, expected)
+        assert_all_same(state, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((LARGE,), None), ((61, LARGE // 61), 0), ((LARGE // 61, 61), 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_nothing(
+    backend: Backend, shape: tuple[int, ...], axis: int | None, dtype: torch.dtype
+) -> None:
+    x = sample(shape, dtype)
+    x.view(-1)[-1] = 1000.0  # in the tail
+    x.view(-1)[7] = torch.nan
+    expected = fresh(channels_of(x, axis))
+    fold(x, expected, axis)
+    for count in (1, 2):
+        state = fresh(channels_of(x, axis), backend.device)
+        with threads(count):
+            backend.op("minmax")(x.to(backend.device), *state, axis)
+        assert_all_same(state, expected, count)
+
+
+def test_input_and_grad_mode_are_left_alone(backend: Backend) -> None:
+    x = sample(33).to(backend.device).requires_grad_()
+    state = fresh(device=backend.device)
+    with unchanged(x):
+        backend.op("minmax")(x, *state)
+    assert not any(t.requires_grad for t in state)
+
+
+@properties
+@given(value_lists(), st.randoms(use_true_random=False), st.integers(1, 8))
+def test_properties(values: list[float], random: Any, chunks: int) -> None:
+    """The order of values and the cut into batches change nothing."""
+    x = torch.tensor(values)
+    whole, shuffled, chunked = fresh(), fresh(), fresh()
+    ops.minmax(x, *whole)
+    random.shuffle(values)
+    ops.minmax(torch.tensor(values), *shuffled)
+    for chunk in x.chunk(chunks):
+        ops.minmax(chunk, *chunked)
+    assert_all_same(shuffled, whole)
+    assert_all_same(chunked, whole)
+    assert whole[0] == x.min()
+    assert whole[1] == x.max()
+
+
+def test_meta() -> None:
+    state = fresh(device="meta")
+    ops.minmax(torch.empty(3, 5, device="meta"), *state)
+    assert [t.shape for t in state] == [(), (), ()]
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    low, high, count = fresh(3)
+    low[1], high[1] = -1.0, 2.0
+    given = {
+        "x": sample((2, 3)),
+        "min_val": low,
+        "max_val": high,
+        "nonfinite_count": count,
+        "axis": 1,
+    }
+    return {**given, **changed}
+
+
+REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "axis_high": ({"axis": 2}, ValueError, r"axis: expected .*\[-2, 1\].* got 2"),
+    "axis_low": ({"axis": -3}, ValueError, r"axis: expected .*\[-2, 1\].* got -3"),
+    "channels": ({"axis": 0}, ValueError, r"min_val: expected shape \(2,\).* got shape \(3,\)"),
+    "no_axis": ({"axis": None}, ValueError, r"min_val: expected 1 element, got shape \(3,\)"),
+    "0-d": ({"x": torch.tensor(1.0), "axis": 0}, ValueError, r"axis: expected .* got 0"),
+    "max_val_size": (
+        {"max_val": torch.zeros(2)},
+        ValueError,
+        r"max_val: expected shape \(3,\).* got shape \(2,\)",
+    ),
+    "min_val_dim": ({"min_val": torch.zeros(3, 1)}, ValueError, r"min_val: .* got shape \(3, 1\)"),
+    "min_val_dtype": (
+        {"min_val": torch.zeros(3, dtype=torch.float64)},
+        TypeError,
+        "min_val: expected torch.float32, got torch.float64",
+    ),
+    "max_val_dtype": (
+        {"max_val": torch.zeros(3, dtype=torch.float16)},
+        TypeError,
+        "max_val: expected torch.float32, got torch.float16",
+    ),
+    "min_val_none": ({"min_val": None}, TypeError, "min_val: expected torch.float32, got NoneType"),
+    "min_val_strides": (
+        {"min_val": torch.zeros(6)[::2]},
+        ValueError,
+        r"min_val: expected a contiguous tensor, got strides \(2,\)",
+    ),
+    "count_dtype": (
+        {"nonfinite_count": torch.zeros((), dtype=torch.int32)},
+        TypeError,
+        "nonfinite_count: expected torch.int64, got torch.int32",
+    ),
+    "count_size": (
+        {"nonfinite_count": torch.zeros(3, dtype=torch.int64)},
+        ValueError,
+        r"nonfinite_count: expected 1 element, got shape \(3,\)",
+    ),
+    "update": ({"update": "mean"}, ValueError, "update: expected one of running.* got 'mean'"),
+    "nonfinite": ({"nonfinite": "drop"}, ValueError, "nonfinite: expected one of .* got 'drop'"),
+    "constant_0": (
+        {"averaging_constant": 0.0},
+        ValueError,
+        r"averaging_constant: expected a value in \(0, 1\], got 0.0",
+    ),
+    "constant_high": (
+        {"averaging_constant": 1.5},
+        ValueError,
+        r"averaging_constant: expected .*, got 1.5",
+    ),
+    "constant_nan": (
+        {"averaging_constant": float("nan")},
+        ValueError,
+        r"averaging_constant: expected .*, got nan",
+    ),
+    "enabled_dtype": (
+        {"enabled": torch.ones(1)},
+        TypeError,
+        "enabled: expected torch.uint8 .*, got torch.float32",
+    ),
+    "enabled_size": (
+        {"enabled": torch.ones(2, dtype=torch.uint8)},
+        ValueError,
+        r"enabled: expected 1 element, got shape \(2,\)",
+    ),
+    "x_meta": (
+        {"x": torch.empty(2, 3, device="meta")},
+        ValueError,
+        "min_val: expected a tensor on meta beside x, got one on cpu",
+    ),
+    "min_val_meta": (
+        {"min_val": torch.empty(3, device="meta")},
+        ValueError,
+        "min_val: expected a tensor on cpu beside x, got one on meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejects(name: str) -> None:
+    changed, error, match = REJECTED[name]
+    assert_rejected(ops.minmax, arguments(**changed), error, f"^minmax: {match}")
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_kernel_rejects(backend: Backend, name: str) -> None:
+    if backend.device == "cpu":
+        assert_rejected(backend.op("minmax"), arguments(**REJECTED[name][0]), Exception)
+
+
+def test_rejects_other_inputs(backend: Backend) -> None:
+    for x, came in not_dense_real_float().values():
+        expected = f"^minmax: x: expected a dense tensor of float32, .*, {came}"
+        assert_rejected(ops.minmax, arguments(x=x), TypeError, expected)
+        if backend.device == "cpu":
+            assert_rejected(backend.op("minmax"), arguments(x=x), Exception)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    for x in opcheck_inputs(dtype).values():
+        opcheck("minmax", x, *fresh())
+        if x.dim() > 1:
+            opcheck("minmax", x, *fresh(x.shape[1]), 1, "moving_average", 0.5)
+    enabled = torch.ones(1, dtype=torch.uint8)
+    opcheck("minmax", sample(9, dtype), *fresh(), None, "memoryless", 1.0, "propagate", enabled)
+    opcheck("minmax", sample((3, 3), dtype).requires_grad_(), *fresh(3), axis=-1)
