@@ -81,9 +81,14 @@ void rebin_aligned(const std::vector<double>& counts, const AlignedGrid& grid,
 }
 
 double sum_of(const std::vector<double>& counts) {
+  constexpr size_t kLanes = 8;  // one sum after another would wait for each addition
+  double sums[kLanes] = {};
+  for (size_t i = 0; i < counts.size(); ++i) {
+    sums[i % kLanes] += counts[i];
+  }
   double total = 0.0;
-  for (double count : counts) {
-    total += count;
+  for (double sum : sums) {
+    total += sum;
   }
   return total;
 }
