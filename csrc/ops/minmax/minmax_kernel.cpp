@@ -4,7 +4,10 @@
 namespace pyobserver::PYOBS_ISA {
 namespace {
 
-constexpr int kLanes = 64;  // independent minima, so that the loop vectorizes
+// Independent minima, so that the loop vectorizes: many for a long run, few for a short one.
+constexpr int kLanes = 64;
+constexpr int kShortLanes = 16;
+constexpr int64_t kLongRun = 1024;
 
 template <bool finite_only>
 PYOBS_HD void merge_value(float value, float* low, float* high, int32_t* nonfinite) {
@@ -21,38 +24,44 @@ PYOBS_HD void merge_value(float value, float* low, float* high, int32_t* nonfini
   }
 }
 
-template <class T, bool finite_only>
-int64_t tensor(const T* x, int64_t n, Range* range) {
-  float low[kLanes], high[kLanes];
-  int32_t nonfinite[kLanes];
+template <class T, bool finite_only, int lanes>
+int64_t run(const T* x, int64_t n, Range* range) {
+  float low[lanes], high[lanes];
+  int32_t nonfinite[lanes];
   int64_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < lanes; ++lane) {
     low[lane] = range->low;
     high[lane] = range->high;
     nonfinite[lane] = 0;
   }
-  constexpr int64_t kBlock = int64_t{kLanes} << 20;  // a lane counts to 2^20 before it is emptied
+  constexpr int64_t kBlock = int64_t{lanes} << 20;  // a lane counts to 2^20 before it is emptied
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t end = n - start < kBlock ? n : start + kBlock;
     int64_t i = start;
-    for (; i + kLanes <= end; i += kLanes) {
+    for (; i + lanes <= end; i += lanes) {
 #pragma GCC unroll 4
-      for (int lane = 0; lane < kLanes; ++lane) {
+      for (int lane = 0; lane < lanes; ++lane) {
         merge_value<finite_only>(to_float(x[i + lane]), &low[lane], &high[lane], &nonfinite[lane]);
       }
     }
     for (; i < end; ++i) {
       merge_value<finite_only>(to_float(x[i]), &low[0], &high[0], &nonfinite[0]);
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int lane = 0; lane < lanes; ++lane) {
       total += nonfinite[lane];
       nonfinite[lane] = 0;
     }
   }
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < lanes; ++lane) {
     *range = merge(*range, {low[lane], high[lane]});
   }
   return total;
+}
+
+template <class T, bool finite_only>
+int64_t tensor(const T* x, int64_t n, Range* range) {
+  return n < kLongRun ? run<T, finite_only, kShortLanes>(x, n, range)
+                      : run<T, finite_only, kLanes>(x, n, range);
 }
 
 template <class T, bool finite_only>
@@ -69,7 +78,7 @@ int64_t channels(const T* __restrict x, int64_t outer, int64_t channels, int64_t
     } else {
       for (int64_t c = first; c < last; ++c) {
         Range range = {lows[c], highs[c]};
-        if (inner >= kLanes) {
+        if (inner >= kShortLanes) {
           total += tensor<T, finite_only>(row + c * inner, inner, &range);
         } else {
           for (int64_t i = 0; i < inner; ++i) {
