@@ -38,7 +38,10 @@ def tool(name: str) -> str:
 class CMakeBuild(build_ext):
     def run(self) -> None:
         destination = ROOT if self.inplace else Path(self.build_lib).resolve()
-        note = destination / "pyobserver" / "_build_note.txt"
+        package = destination / "pyobserver"
+        note = package / "_build_note.txt"
+        for stale in (*package.glob("_C.*.so"), *package.glob("libpyobserver*.so")):
+            stale.unlink()  # of an earlier build, perhaps for another Python or without CUDA
         reason = self.reason_for_none()
         if reason is None:
             self.build_native(destination)
@@ -50,6 +53,8 @@ class CMakeBuild(build_ext):
 
     def reason_for_none(self) -> "str | None":
         """Why the native library is not built; None if it is."""
+        if NATIVE not in ("0", "1", "require"):
+            sys.exit(f"PYOBSERVER_NATIVE: expected 0, 1 or require, got {NATIVE!r}")
         if NATIVE == "0":
             return "PYOBSERVER_NATIVE=0 at install"
         if not find_torch():
@@ -57,13 +62,16 @@ class CMakeBuild(build_ext):
                 "pyobserver builds against the torch that is installed, and there is none: install "
                 "torch first, then run this again (with --no-build-isolation if that was not pip)"
             )
-        compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-        if not any(shutil.which(shlex.split(compiler)[0]) for compiler in compilers):
+        compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+        if sys.platform != "linux":
+            reason = f"the native build is for Linux, and this is {sys.platform}"
+        elif not any(shutil.which(shlex.split(compiler)[0]) for compiler in compilers):
             reason = f"no C++ compiler was found ({', '.join(compilers)})"
-            if NATIVE == "require":
-                sys.exit(f"pyobserver: PYOBSERVER_NATIVE=require, but {reason}")
-            return reason
-        return None
+        else:
+            return None
+        if NATIVE == "require":
+            sys.exit(f"pyobserver: PYOBSERVER_NATIVE=require, but {reason}")
+        return reason
 
     def build_native(self, destination: Path) -> None:
         tag = f"{sys.implementation.cache_tag}-{self.plat_name}"
@@ -84,6 +92,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPYOBSERVER_CUDA={os.environ.get('PYOBSERVER_CUDA', 'auto')}",
             f"-DPYOBSERVER_WERROR={os.environ.get('PYOBSERVER_WERROR', '0')}",
+            "-DPYOBSERVER_SANITIZE=",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))

@@ -66,6 +66,8 @@ def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) ->
 
 def check_axis(op: str, x: Tensor, axis: int) -> int:
     """The axis as a number from 0 on."""
+    if x.dim() == 0:
+        raise ValueError(f"{op}: axis: expected None for a 0-d tensor, got {axis}")
     if not -x.dim() <= axis < x.dim():
         raise ValueError(
             f"{op}: axis: expected a value in [{-x.dim()}, {x.dim() - 1}] "
@@ -83,6 +85,11 @@ def check_channels(op: str, name: str, state: Tensor, x: Tensor, axis: int) -> N
 
 
 def check_quant_range(op: str, quant_min: int, quant_max: int) -> None:
+    if quant_min < -(2**31) or quant_max >= 2**31:
+        raise ValueError(
+            f"{op}: quant_min, quant_max: expected int32 values, "
+            f"got quant_min={quant_min}, quant_max={quant_max}"
+        )
     if not quant_min < quant_max:
         raise ValueError(
             f"{op}: quant_min: expected a value below quant_max, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import sysconfig
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from types import ModuleType
 import torch
 
 _HERE = Path(__file__).parent
+_NOTE = _HERE / "_build_note.txt"  # why the install built nothing
+_BUILD_MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 _LIBRARIES = {"cpu": "libpyobserver.so", "cuda": "libpyobserver_cuda.so"}
 
 
@@ -36,7 +39,7 @@ class NativeStatus:
 
 def _library_folder() -> Path:
     """The package's folder; in a checkout that is imported as it is, the one CMake built in."""
-    if not (_HERE / _LIBRARIES["cpu"]).exists():
+    if not (_HERE / _LIBRARIES["cpu"]).exists() and not _NOTE.exists():
         for built in sorted(
             (_HERE.parent / "build").glob(f"cmake-{sys.implementation.cache_tag}-*")
         ):
@@ -49,8 +52,9 @@ def _load_library(folder: Path, device: str) -> str | None:
     """Load one library; returns why not, or None."""
     path = folder / _LIBRARIES[device]
     if not path.exists():
-        note = _HERE / "_build_note.txt"
-        return note.read_text().strip() if note.exists() else f"{path.name} was not built"
+        return _NOTE.read_text().strip() if _NOTE.exists() else f"{path.name} was not built"
+    if not (folder / _BUILD_MODULE).exists():
+        return f"{path.name} was built for another Python ({_BUILD_MODULE} is missing)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -59,8 +63,7 @@ def _load_library(folder: Path, device: str) -> str | None:
 
 
 def _import_build_module(folder: Path) -> ModuleType:
-    (path,) = folder.glob(f"_C.{sys.implementation.cache_tag}-*.so")
-    spec = importlib.util.spec_from_file_location("pyobserver._C", path)
+    spec = importlib.util.spec_from_file_location("pyobserver._C", folder / _BUILD_MODULE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -95,8 +98,9 @@ def _load() -> NativeStatus:
     forced = os.environ.get("PYOBSERVER_ISA")
     if forced:
         build.set_cpu_isa(forced)
-    cuda_reason: str | None = "torch sees no CUDA device"
-    if torch.cuda.is_available():
+    # torch.cuda is not asked: that starts CUDA, and a process that forks later could not use it
+    cuda_reason: str | None = "this torch is built without CUDA"
+    if torch.version.cuda is not None:
         cuda_reason = _load_library(folder, "cuda")
     return NativeStatus(True, cuda_reason is None, None, cuda_reason, build)
 

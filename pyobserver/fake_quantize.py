@@ -19,7 +19,7 @@ from .observers import (
     default_fixed_qparams_range_0to1_observer,
     default_fixed_qparams_range_neg1to1_observer,
 )
-from .observers.base import StatisticsModule
+from .observers.base import StatisticsModule, new_full
 from .ops.choose_qparams import choose_qparams
 from .ops.fake_quantize import fake_quantize
 
@@ -187,8 +187,8 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _resize(self, size: int) -> None:
         if self.scale.numel() != size:
-            self.scale = torch.ones(size, device=self.scale.device)
-            self.zero_point = self.zero_point.new_zeros(size)
+            self.scale = new_full(size, 1, self.scale)
+            self.zero_point = new_full(size, 0, self.zero_point)
 
     def extra_repr(self) -> str:
         return (

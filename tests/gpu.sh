@@ -21,12 +21,12 @@ step() { # name, seconds, command …
 }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$OUT/device.txt"
-step build 150 env PYOBSERVER_CUDA=1 "$python" setup.py -q build_ext --inplace
+step build 120 env PYOBSERVER_CUDA=1 "$python" setup.py -q build_ext --inplace
 step info 30 "$python" -m pyobserver info
-step tests 200 "$python" -m pytest -q tests/ops -k cuda
-step memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
+step tests 150 "$python" -m pytest -q tests/ops -k cuda
+step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 \
   "$python" -m pytest -q tests/ops/test_fake_quantize.py -k "cuda and values" -p no:cacheprovider
-step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 \
+step racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
   "$python" -m pytest -q tests/ops/test_fake_quantize.py -k "cuda and values" -p no:cacheprovider
 step bench 120 "$python" -m bench --quick --device cuda --only fake_quantize --output "$OUT/bench-cuda.md"
 exit "$failed"

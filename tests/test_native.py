@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,16 @@ def test_unknown_setting_is_an_error(pure: Path) -> None:
     assert "ValueError: PYOBSERVER_NATIVE: expected 0, 1 or require, got 'yes'" in done.stderr
 
 
+def test_binary_of_another_python_falls_back(pure: Path) -> None:
+    (pure / "pyobserver" / "libpyobserver.so").write_bytes(b"of another Python")
+    done = run("import pyobserver; print(pyobserver.native_status.reason)", pure)
+    assert done.returncode == 0
+    assert "libpyobserver.so was built for another Python" in done.stdout
+
+
 def test_broken_binary_falls_back(pure: Path) -> None:
     (pure / "pyobserver" / "libpyobserver.so").write_bytes(b"no library")
+    (pure / "pyobserver" / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))).touch()
     done = run("import pyobserver; print(pyobserver.native_status.reason)", pure)
     assert done.returncode == 0
     assert "libpyobserver.so does not load under torch" in done.stdout

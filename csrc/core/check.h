@@ -70,6 +70,10 @@ inline int64_t check_axis(const char* op, const Tensor& x, int64_t axis) {
 }
 
 inline void check_quant_range(const char* op, int64_t quant_min, int64_t quant_max) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  check(quant_min >= -kLimit && quant_max < kLimit, op,
+        ": quant_min, quant_max: expected int32 values, got quant_min=", quant_min,
+        ", quant_max=", quant_max);
   check(quant_min < quant_max, op,
         ": quant_min: expected a value below quant_max, got quant_min=", quant_min,
         ", quant_max=", quant_max);

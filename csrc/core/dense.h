@@ -77,13 +77,13 @@ inline Tensor empty_output(const Tensor& x) {
   if (is_dense(x)) {
     return empty_strided(x, x.sizes(), x.strides(), dtype);
   }
-  std::array<int64_t, kMaxDims> strides{};
+  std::vector<int64_t> strides(x.dim());
   int64_t step = 1;
   for (int64_t d = x.dim() - 1; d >= 0; --d) {
     strides[d] = step;
     step *= std::max<int64_t>(x.size(d), 1);
   }
-  return empty_strided(x, x.sizes(), {strides.data(), static_cast<size_t>(x.dim())}, dtype);
+  return empty_strided(x, x.sizes(), {strides.data(), strides.size()}, dtype);
 }
 
 // Work is cut into equal parts, whose number and borders do not depend on what the parts hold.

@@ -19,6 +19,14 @@ from .factory import FactoryMixin
 _EPS = torch.finfo(torch.float32).eps
 
 
+def new_full(size: int | tuple[int, ...], value: float, like: Tensor) -> Tensor:
+    """A buffer for a module to keep: an ordinary tensor, also where inference mode is on."""
+    with torch.inference_mode(False):
+        return torch.full(
+            (size,) if isinstance(size, int) else size, value, dtype=like.dtype, device=like.device
+        )
+
+
 class StatisticsModule(FactoryMixin, nn.Module):
     """A module whose buffers keep their dtype when the model's is changed.
 
@@ -35,6 +43,16 @@ class StatisticsModule(FactoryMixin, nn.Module):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # for assign=True, which would take torch.ao's float32 counts, or a half's, as they are
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if buffer is not None and saved is not None and saved.dtype != buffer.dtype:
+                state_dict = {**state_dict, prefix + name: saved.to(buffer.dtype)}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 @offer_to_hosts
@@ -125,7 +143,12 @@ class UniformQuantizationObserverBase(ObserverBase):
         self.has_customized_qrange = quant_min is not None and quant_max is not None
         self.quant_min, self.quant_max = quant_bounds(dtype, quant_min, quant_max, reduce_range)
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
-        self.register_buffer("eps", torch.tensor([eps], dtype=torch.float32, device=device))
+        least_scale = torch.tensor([eps], dtype=torch.float32)
+        if not bool((least_scale > 0) & least_scale.isfinite()):
+            raise ValueError(
+                f"{type(self).__name__}: eps: expected a positive finite float32, got {eps}"
+            )
+        self.register_buffer("eps", least_scale.to(device))
         # not saved: the keys of the state_dict are torch.ao's
         self.register_buffer(
             "nonfinite_count", torch.zeros((), dtype=torch.int64, device=device), persistent=False
@@ -143,7 +166,10 @@ class UniformQuantizationObserverBase(ObserverBase):
     def _symmetric_zero_point(self) -> int:
         if self.dtype in (torch.quint8, torch.uint8):
             return (self.quant_min + self.quant_max) // 2 if self.has_customized_qrange else 128
-        return 2**15 if self.dtype == torch.uint16 else 0
+        if self.dtype == torch.uint16:
+            middle = (self.quant_min + self.quant_max) // 2
+            return 2**15 if self.quant_min <= 2**15 <= self.quant_max else middle
+        return 0
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
         """Fold a tensor into the statistics; ``enabled`` is read where the data is."""
@@ -242,3 +268,4 @@ class UniformQuantizationObserverBase(ObserverBase):
             # a copy: the caller's dict is not ours to add to
             state_dict = {prefix + "eps": torch.tensor([_EPS]), **state_dict}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.nonfinite_count.zero_()  # it was of other data

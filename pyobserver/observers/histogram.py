@@ -59,8 +59,8 @@ class HistogramObserver(UniformQuantizationObserverBase):
                 f"{owner}: is_dynamic: expected False (no dynamic quantization by histogram), "
                 "got True"
             )
-        if bins < 2:
-            raise ValueError(f"{owner}: bins: expected at least 2, got {bins}")
+        if not isinstance(bins, int) or bins < 2:
+            raise ValueError(f"{owner}: bins: expected an integer of at least 2, got {bins}")
         super().__init__(
             dtype,
             qscheme,

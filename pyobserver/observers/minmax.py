@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_CHANNEL, PER_TENSOR, check_qscheme
 from ..ops.minmax import minmax
-from .base import UniformQuantizationObserverBase
+from .base import UniformQuantizationObserverBase, new_full
 
 
 class _MinMaxBase(UniformQuantizationObserverBase):
@@ -180,6 +180,11 @@ class PerChannelMinMaxObserver(_MinMaxBase):
         if memoryless:
             self._update = "memoryless"
         self.ch_axis = self._axis = ch_axis
+        if num_channels is not None and num_channels < 1:
+            raise ValueError(
+                f"{type(self).__name__}: num_channels: expected at least 1 or None, "
+                f"got {num_channels}"
+            )
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
         size = (num_channels or 0,)
         self.register_buffer("min_val", torch.full(size, torch.inf, device=device))
@@ -194,8 +199,8 @@ class PerChannelMinMaxObserver(_MinMaxBase):
     def _observe_first(self, x: Tensor, enabled: Tensor | None) -> None:
         unsized = self.min_val, self.max_val
         channels = x.shape[self.ch_axis] if -x.dim() <= self.ch_axis < x.dim() else 0
-        self.min_val = torch.full((channels,), torch.inf, device=unsized[0].device)
-        self.max_val = torch.full((channels,), -torch.inf, device=unsized[1].device)
+        self.min_val = new_full(channels, torch.inf, unsized[0])
+        self.max_val = new_full(channels, -torch.inf, unsized[1])
         try:
             super().observe(x, enabled)
         except Exception:
@@ -211,11 +216,13 @@ class PerChannelMinMaxObserver(_MinMaxBase):
             if (version is None or version < 3) and old in state_dict:
                 # renamed in version 3; a copy, for the caller's dict is not ours to change
                 state_dict = {(prefix + name if k == old else k): v for k, v in state_dict.items()}
-            value = state_dict.get(prefix + name)
-            if value is not None and value.numel() != getattr(self, name).numel():
-                # an empty buffer takes the size of the saved one, and the other way round
-                like = getattr(self, name)
-                setattr(self, name, torch.full((value.numel(),), torch.inf, device=like.device))
+        # the buffers take the size of the saved ones, both or neither
+        saved = [state_dict.get(prefix + name) for name in ("min_val", "max_val")]
+        sizes = {value.numel() for value in saved if value is not None and value.dim() <= 1}
+        if None not in saved and len(sizes) == 1 and self.min_val.numel() not in sizes:
+            (size,) = sizes
+            self.min_val = new_full(size, torch.inf, self.min_val)
+            self.max_val = new_full(size, -torch.inf, self.max_val)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..compat.hosts import offer_to_hosts
-from ..dtypes import PER_TENSOR, check_qscheme
+from ..dtypes import PER_TENSOR, check_qscheme, quant_bounds
 from .base import ObserverBase
 
 
@@ -50,13 +50,10 @@ class FixedQParamsObserver(_PassiveObserver):
         check_qscheme(owner, qscheme, PER_TENSOR)
         if is_dynamic:
             raise NotImplementedError(f"{owner}: is_dynamic: expected False, got True")
-        if not 0.0 < scale < float("inf"):
-            raise ValueError(f"{owner}: scale: expected a positive finite value, got {scale}")
-        if not quant_min < quant_max:
-            raise ValueError(
-                f"{owner}: quant_min: expected a value below quant_max, "
-                f"got quant_min={quant_min}, quant_max={quant_max}"
-            )
+        rounded = torch.tensor([scale], dtype=torch.float32)
+        if not bool((rounded > 0) & rounded.isfinite()):
+            raise ValueError(f"{owner}: scale: expected a positive finite float32, got {scale}")
+        quant_min, quant_max = quant_bounds(dtype, quant_min, quant_max, False)
         if not quant_min <= zero_point <= quant_max:
             raise ValueError(
                 f"{owner}: zero_point: expected a value in [{quant_min}, {quant_max}], "
@@ -65,7 +62,7 @@ class FixedQParamsObserver(_PassiveObserver):
         super().__init__(dtype=dtype, is_dynamic=is_dynamic)
         self.qscheme = qscheme
         self.quant_min, self.quant_max = quant_min, quant_max
-        self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32))
+        self.register_buffer("scale", rounded)
         self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:

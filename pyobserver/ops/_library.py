@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("pyobserver", "DEF")
 
@@ -45,6 +46,15 @@ def define(
 
     torch.library.register_fake(f"pyobserver::{name}", fake_kernel, lib=_LIBRARY)
     return getattr(torch.ops.pyobserver, name).default
+
+
+def note_update(*updated: Tensor) -> None:
+    """Tell autograd that tensors were updated in place, which a kernel of another library cannot.
+
+    So a graph that saved one of them fails in its backward, instead of using the new values.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(updated)
 
 
 def define_composite(schema: str, function: Callable[..., Any]) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._library import define
+from ._library import define, note_update
 
 _LEAST_FUSED_SCALE = torch.tensor(6.1e-5, dtype=torch.float32).item()
 MAPPINGS = ("affine", "symmetric", "affine_float", "fused_affine", "fused_symmetric")
@@ -34,6 +34,15 @@ def _check(
     _checks.check_state(op, "zero_point", zero_point, dtypes, min_val.numel())
     _checks.check_state(op, "eps", eps, (torch.float32,), 1)
     _checks.check_quant_range(op, quant_min, quant_max)
+    if mapping == "fused_symmetric" and quant_max - quant_min < 2:
+        raise ValueError(
+            f"{op}: quant_max: expected at least quant_min + 2 for fused_symmetric, "
+            f"got quant_min={quant_min}, quant_max={quant_max}"
+        )
+    if abs(symmetric_zero_point) >= 2**31:
+        raise ValueError(
+            f"{op}: symmetric_zero_point: expected an int32 value, got {symmetric_zero_point}"
+        )
     _checks.check_enabled(op, enabled)
     others = {"max_val": max_val, "scale": scale, "zero_point": zero_point}
     _checks.check_same_device(op, min_val, {**others, "eps": eps, "enabled": enabled})
@@ -55,7 +64,7 @@ def _fused(
     scale = torch.where(unusable, 0.1, scale)
     small = scale < _LEAST_FUSED_SCALE
     width = _LEAST_FUSED_SCALE * (quant_max - quant_min)
-    amplifier = _LEAST_FUSED_SCALE / scale
+    amplifier = torch.full_like(scale, _LEAST_FUSED_SCALE) / scale  # a true division
     grown_high = torch.where(low == 0, width, torch.where(high == 0, high, high * amplifier))
     grown_low = torch.where(low == 0, low, torch.where(high == 0, -width, low * amplifier))
     low = torch.where(small, grown_low, low).double()
@@ -170,6 +179,7 @@ def choose_qparams(
     )  # fmt: skip
     try:
         _op(*args)
-    except RuntimeError:
+        note_update(scale, zero_point)
+    except (RuntimeError, OverflowError):
         _check(*args)
         raise

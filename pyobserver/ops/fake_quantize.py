@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import _checks
@@ -37,9 +38,11 @@ def _check(
         _checks.check_channels(op, "zero_point", zero_point, x, axis)
 
 
-def _check_values(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> None:
+def _check_values(
+    scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, enabled: Tensor | None
+) -> None:
     """What would cost a device sync, and is therefore looked at on the CPU alone."""
-    if scale.device.type != "cpu":
+    if scale.device.type != "cpu" or (enabled is not None and not bool(enabled)):
         return
     if not bool(((scale > 0) & (scale < torch.inf)).all()):
         raise ValueError(
@@ -118,7 +121,7 @@ def _forward(
     enabled: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check(x, scale, zero_point, quant_min, quant_max, axis, enabled)
-    _check_values(scale, zero_point, quant_min, quant_max)
+    _check_values(scale, zero_point, quant_min, quant_max, enabled)
     y, inside = _quantize(x, scale, zero_point, quant_min, quant_max, axis)
     if enabled is not None:
         off = enabled.reshape(()) == 0
@@ -265,12 +268,13 @@ def fake_quantize(
     """
     args = (scale, zero_point, quant_min, quant_max, axis, enabled)
     try:
-        if torch.is_grad_enabled() and x.requires_grad:
+        # in forward mode the function refuses, where the op would give a derivative of zero
+        if (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0:
             return _FakeQuantize.apply(x, *args)
         return _op(x, *args)
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, OverflowError, AttributeError):
         _check(x, *args)
-        _check_values(scale, zero_point, quant_min, quant_max)
+        _check_values(scale, zero_point, quant_min, quant_max, enabled)
         raise
 
 

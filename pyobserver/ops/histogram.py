@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._library import define
+from ._library import define, note_update
 from .minmax import finite_minmax
 
 COMBINES = ("midpoint", "aligned")
@@ -254,7 +254,8 @@ def histogram(
     )  # fmt: skip
     try:
         _op(*args)
-    except RuntimeError:
+        note_update(counts, min_val, max_val, nonfinite_count)
+    except (RuntimeError, OverflowError):
         _check(*args)
         if nonfinite == "raise":
             finite_minmax(x.detach().float(), None, nonfinite, "histogram")
@@ -302,7 +303,13 @@ def reference_combine(
     if other[0] > other[1]:
         return
     old = float(min_val), float(max_val)
-    new = min(old[0], other[0]), max(old[1], other[1])
+    new_min = torch.minimum(min_val.reshape(()), other_min_val.reshape(()))
+    new_max = torch.maximum(max_val.reshape(()), other_max_val.reshape(()))
+    new = float(new_min), float(new_max)
+    if not (math.isfinite(new[0]) and math.isfinite(new[1])):  # the counts stay as they were
+        min_val.copy_(new_min.reshape(min_val.shape))
+        max_val.copy_(new_max.reshape(max_val.shape))
+        return
     working = _working(counts, float(other_counts.sum()))
     carried = torch.zeros_like(working)
     high = new[1]
@@ -340,6 +347,7 @@ def histogram_combine(
     Args:
         counts, min_val, max_val: the histogram that is updated, as for :func:`histogram`.
         other_counts, other_min_val, other_max_val: the one that is added: as many bins.
+            Where the union is not finite the counts stay as they were.
         combine, upsample_rate: as for :func:`histogram`; with ``"aligned"`` the first is carried
             on the common grid, and the second by its midpoints into the range so found.
 
@@ -356,6 +364,7 @@ def histogram_combine(
     )  # fmt: skip
     try:
         _op_combine(*args)
-    except RuntimeError:
+        note_update(counts, min_val, max_val)
+    except (RuntimeError, OverflowError):
         _check_histogram_combine(*args)
         raise

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._library import define
+from ._library import define, note_update
 
 UPDATES = ("running", "moving_average", "memoryless")
 
@@ -74,6 +74,15 @@ def finite_minmax(
     return low + 0.0, high + 0.0, count
 
 
+def _average(state: Tensor, current: Tensor, averaging_constant: float) -> Tensor:
+    """In float32 as torch computes it; in float64 where the difference leaves float32."""
+    difference = current - state
+    constant = torch.tensor(averaging_constant).item()
+    wide = state.double() + constant * (current.double() - state.double())
+    narrow = state + averaging_constant * difference
+    return torch.where(difference.isfinite(), narrow, wide.float())
+
+
 def reference(
     x: Tensor,
     min_val: Tensor,
@@ -101,8 +110,8 @@ def reference(
         new_min, new_max = torch.minimum(min_val, low), torch.maximum(max_val, high)
     elif update == "moving_average":
         first = (min_val == torch.inf) & (max_val == -torch.inf)
-        new_min = torch.where(first, low, min_val + averaging_constant * (low - min_val))
-        new_max = torch.where(first, high, max_val + averaging_constant * (high - max_val))
+        new_min = torch.where(first, low, _average(min_val, low, averaging_constant))
+        new_max = torch.where(first, high, _average(max_val, high, averaging_constant))
     else:
         new_min, new_max = low, high
     if enabled is not None:
@@ -172,7 +181,8 @@ def minmax(
     )
     try:
         _op(*args)
-    except RuntimeError:
+        note_update(min_val, max_val, nonfinite_count)
+    except (RuntimeError, OverflowError):
         _check(*args)
         if nonfinite == "raise":
             finite_minmax(x.detach().float(), None, nonfinite, "minmax")

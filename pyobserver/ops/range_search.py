@@ -166,6 +166,6 @@ def range_search(
     """
     try:
         return _op(counts, min_val, max_val, num_levels, enabled)
-    except RuntimeError:
+    except (RuntimeError, OverflowError):
         _check(counts, min_val, max_val, num_levels, enabled)
         raise

@@ -179,7 +179,7 @@ class CalibrationResult(Mapping[str, Site]):
 
         Raises:
             ValueError: the model lacks a site, has a weight of another shape, or is fake-quantized
-                already; it is left as it was.
+                already, or a scale is not finite; it is left as it was.
         """
         if not inplace:
             model = copy.deepcopy(model)
@@ -285,9 +285,7 @@ def _check_sites(modules: dict[str, nn.Module], by_module: dict[str, list[Site]]
         steps = (*hooks, *_weight_parametrizations(module))
         if any(isinstance(step, (_SiteHook, _SiteFakeQuantize)) for step in steps):
             problems.append(f"{name!r} is fake-quantized already (take that off with remove)")
-        problems += [
-            problem for site in sites if site.kind == "weight" for problem in _unfit(module, site)
-        ]
+        problems += [problem for site in sites for problem in _unfit(module, site)]
     if problems:
         raise ValueError(
             "apply: model: expected one with the sites of the calibration, got: "
@@ -296,7 +294,11 @@ def _check_sites(modules: dict[str, nn.Module], by_module: dict[str, list[Site]]
 
 
 def _unfit(module: nn.Module, site: Site) -> Iterator[str]:
-    """Why the weight of a module cannot be quantized as the site says."""
+    """Why a tensor of a module cannot be quantized as the site says."""
+    if not bool(((site.scale > 0) & site.scale.isfinite()).all()):
+        yield f"{site.name} with a scale that is not positive and finite"
+    if site.kind != "weight":
+        return
     weight = weight_of(module)
     if weight is None:
         yield f"no weight for {site.name}"

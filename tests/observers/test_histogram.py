@@ -155,7 +155,7 @@ def test_rejects_inputs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"bins": 1}, ValueError, "bins: expected at least 2, got 1"),
+        ({"bins": 1}, ValueError, "bins: expected an integer of at least 2, got 1"),
         ({"combine": "sum"}, ValueError, "combine: expected one of .* got 'sum'"),
         ({"upsample_rate": 0}, ValueError, "upsample_rate: expected .* got 0"),
         ({"upsample_rate": 70000}, ValueError, "upsample_rate: expected .* got 70000"),

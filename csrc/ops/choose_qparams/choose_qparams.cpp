@@ -56,6 +56,10 @@ void choose_qparams_op(const Tensor& min_val, const Tensor& max_val, const Tenso
   check_state(kOp, "eps", eps, min_val, ScalarType::Float);
   check_numel(kOp, "eps", eps, 1);
   check_quant_range(kOp, quant_min, quant_max);
+  check(mapping != Mapping::fused_symmetric || quant_max - quant_min >= 2, kOp,
+        ": quant_max: expected at least quant_min + 2 for fused_symmetric, got ", quant_max);
+  check(symmetric_zero_point > -(int64_t{1} << 31) && symmetric_zero_point < (int64_t{1} << 31),
+        kOp, ": symmetric_zero_point: expected an int32 value, got ", symmetric_zero_point);
   if (is_off(kOp, enabled, min_val) || count == 0) {
     return;
   }

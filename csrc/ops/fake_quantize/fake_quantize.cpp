@@ -36,9 +36,8 @@ void read_zero_points(const Tensor& zero_point, bool is_float, int64_t quant_min
   }
 }
 
-Params check_params(const Tensor& x, DType dtype, const Tensor& scale, const Tensor& zero_point,
-                    int64_t quant_min, int64_t quant_max, int64_t axis) {
-  check_grid_params(kOp, x, scale, zero_point, quant_min, quant_max, axis);
+Params read_params(DType dtype, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+                   int64_t quant_max, bool per_channel) {
   const ScalarType zero_dtype = zero_point.scalar_type();
   const bool float_zero_point = zero_dtype == ScalarType::Float;
   const int64_t channels = scale.numel();
@@ -58,7 +57,7 @@ Params check_params(const Tensor& x, DType dtype, const Tensor& scale, const Ten
   } else {
     read_zero_points<int64_t>(zero_point, false, quant_min, quant_max, &params.zero_point);
   }
-  params.grid = quant_grid(dtype, quant_min, quant_max, axis >= 0, float_zero_point);
+  params.grid = quant_grid(dtype, quant_min, quant_max, per_channel, float_zero_point);
   params.view = {scales, params.inverse_scale.data(), params.zero_point.data(), channels, 1};
   return params;
 }
@@ -68,8 +67,12 @@ Tensor forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, i
                uint8_t* mask) {
   const DType dtype = input_dtype(kOp, "x", x);
   const int64_t channel_axis = axis.has_value() ? check_axis(kOp, x, *axis) : -1;
-  Params params = check_params(x, dtype, scale, zero_point, quant_min, quant_max, channel_axis);
+  check_grid_params(kOp, x, scale, zero_point, quant_min, quant_max, channel_axis);
   const bool off = is_off(kOp, enabled, x);
+  Params params;  // what is switched off may hold any scale
+  if (!off) {
+    params = read_params(dtype, scale, zero_point, quant_min, quant_max, channel_axis >= 0);
+  }
   Tensor y = empty_output(x);
   const int64_t n = x.numel();
   if (n == 0) {

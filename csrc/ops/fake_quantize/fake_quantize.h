@@ -18,8 +18,7 @@
 namespace pyobserver {
 
 struct QuantGrid {
-  float quant_min, quant_max;
-  double wide_min, wide_max;
+  double quant_min, quant_max;
   bool float_zero_point;  // add the zero point before rounding
   bool wide;              // the result in float64
 };
@@ -55,9 +54,9 @@ template <class Compute>
 PYOBS_HD double from_grid_wide(Compute q, float scale, double zero_point, const QuantGrid& grid,
                                bool* inside) {
   double wide = static_cast<double>(q);
-  *inside = (wide >= grid.wide_min) & (wide <= grid.wide_max);
-  wide = wide > grid.wide_min ? wide : grid.wide_min;
-  wide = wide < grid.wide_max ? wide : grid.wide_max;
+  *inside = (wide >= grid.quant_min) & (wide <= grid.quant_max);
+  wide = wide > grid.quant_min ? wide : grid.quant_min;
+  wide = wide < grid.quant_max ? wide : grid.quant_max;
   return (wide - zero_point) * static_cast<double>(scale);
 }
 

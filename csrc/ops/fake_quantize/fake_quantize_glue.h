@@ -31,11 +31,7 @@ inline QuantGrid quant_grid(DType dtype, int64_t quant_min, int64_t quant_max, b
                             bool float_zero_point) {
   constexpr int64_t kExact = 1 << 22;  // a difference of two such integers is exact in float32
   const bool narrow = quant_min >= -kExact && quant_max <= kExact;
-  return {static_cast<float>(quant_min),
-          static_cast<float>(quant_max),
-          static_cast<double>(quant_min),
-          static_cast<double>(quant_max),
-          float_zero_point,
+  return {static_cast<double>(quant_min), static_cast<double>(quant_max), float_zero_point,
           per_channel && (dtype == DType::float64 || float_zero_point || !narrow)};
 }
 

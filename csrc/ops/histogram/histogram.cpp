@@ -212,6 +212,11 @@ void histogram_combine(const Tensor& counts, const Tensor& min_val, const Tensor
     return;
   }
   Range range = merge(state, other);
+  if (!is_finite(range.low) || !is_finite(range.high)) {  // the counts stay as they were
+    *low = range.low;
+    *high = range.high;
+    return;
+  }
   const std::vector<double> added(other_saved, other_saved + counts.numel());
   const std::vector<double> old(saved, saved + counts.numel());
   const bool narrow = sum_of(old) + sum_of(added) <= kFloat32Counts;

@@ -31,6 +31,17 @@ PYOBS_HD Range merge(Range a, Range b) {
           (b.high > a.high || b.high != b.high) ? b.high : a.high};
 }
 
+// In float32 as torch computes it; in float64 where the difference leaves float32.
+PYOBS_HD float average(float state, float current, float averaging_constant) {
+  const float difference = current - state;
+  if (is_finite(difference)) {
+    return state + averaging_constant * difference;
+  }
+  return static_cast<float>(static_cast<double>(state) +
+                            static_cast<double>(averaging_constant) *
+                                (static_cast<double>(current) - static_cast<double>(state)));
+}
+
 PYOBS_HD Range fold(Range state, Range current, MinmaxUpdate update, float averaging_constant) {
   if (is_empty(current)) {
     return state;
@@ -44,8 +55,8 @@ PYOBS_HD Range fold(Range state, Range current, MinmaxUpdate update, float avera
       return merge(state, current);
     case MinmaxUpdate::moving_average:
       if (!first) {
-        return {state.low + averaging_constant * (current.low - state.low),
-                state.high + averaging_constant * (current.high - state.high)};
+        return {average(state.low, current.low, averaging_constant),
+                average(state.high, current.high, averaging_constant)};
       }
       return current;
     default:

@@ -81,10 +81,12 @@ int64_t channels(const T* __restrict x, int64_t outer, int64_t channels, int64_t
         if (inner >= kShortLanes) {
           total += tensor<T, finite_only>(row + c * inner, inner, &range);
         } else {
+          int32_t of_channel = 0;
           for (int64_t i = 0; i < inner; ++i) {
             merge_value<finite_only>(to_float(row[c * inner + i]), &range.low, &range.high,
-                                     &nonfinite);
+                                     &of_channel);
           }
+          total += of_channel;
         }
         lows[c] = range.low;
         highs[c] = range.high;
