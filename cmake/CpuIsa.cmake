@@ -2,8 +2,8 @@
 # Never -march=native: a wheel must run where it was not built.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(PYOBSERVER_CPU_ISAS baseline avx2 avx512)
-  set(isa_flags_avx2 -mavx2 -mfma -mf16c)
-  set(isa_flags_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl
+  set(isa_flags_avx2 -mavx2 -mfma)
+  set(isa_flags_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl
                        -mprefer-vector-width=512)
   target_compile_definitions(pyobserver_flags INTERFACE PYOBS_X86_KERNELS)
 else()

@@ -93,6 +93,12 @@ inline Nonfinite parse_nonfinite(const char* op, const std::string& name) {
   return Nonfinite::raise;
 }
 
+inline void check_finite(const char* op, Nonfinite nonfinite, int64_t nonfinite_count,
+                         int64_t numel) {
+  check(nonfinite != Nonfinite::raise || nonfinite_count == 0, op,
+        ": x: expected finite values, got ", nonfinite_count, " NaN or infinite of ", numel);
+}
+
 inline void check_switch(const char* op, const std::optional<Tensor>& enabled, const Tensor& x) {
   if (!enabled.has_value()) {
     return;

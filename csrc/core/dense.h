@@ -10,7 +10,7 @@
 
 namespace pyobserver {
 
-constexpr int64_t kMaxDims = 64;
+constexpr int64_t kMaxDims = 64;  // more axes of two elements have no address
 
 // Whether the elements fill their memory without gap or overlap, in any order of axes.
 inline bool is_dense(const Tensor& x) {

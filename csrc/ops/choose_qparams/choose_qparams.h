@@ -5,9 +5,8 @@
 //   symmetric:    scale = max(max(-min, max, 0) / (steps / 2), eps), a fixed zero point
 //   affine_float: scale = width / steps, 1 where that is at most eps; zero_point = -min / scale
 //
-//   fused_*:      what torch's fused moving-average kernel chooses, in float64, with a least scale
-//   of its own: a
-//                 symmetric range of both signs over levels -(steps / 2 + 1) .. steps / 2, any
+//   fused_*:      what torch's fused moving-average kernel chooses, with a least scale of its own:
+//                 a symmetric range of both signs over levels -(steps / 2 + 1) .. steps / 2, any
 //                 other an affine one whose zero point is rounded from the end nearer to the grid
 //
 // steps = quant_max - quant_min. A range that was never fed (+inf, -inf) gives 1 and 0. A width

@@ -11,9 +11,6 @@
 namespace pyobserver {
 namespace {
 
-constexpr const char* kOp = "fake_quantize";
-constexpr const char* kOpBackward = "fake_quantize_backward";
-
 // The parameters as the kernel takes them, and the storage they need.
 struct Params {
   std::vector<float> inverse_scale;
@@ -30,8 +27,8 @@ void read_zero_points(const Tensor& zero_point, bool is_float, int64_t quant_min
     const double value = static_cast<double>(values[c]);
     check(is_float ||
               (value >= static_cast<double>(quant_min) && value <= static_cast<double>(quant_max)),
-          kOp, ": zero_point: expected values in [quant_min, quant_max] = [", quant_min, ", ",
-          quant_max, "], got ", value);
+          kFakeQuantize, ": zero_point: expected values in [quant_min, quant_max] = [", quant_min,
+          ", ", quant_max, "], got ", value);
     (*out)[c] = value;
   }
 }
@@ -46,7 +43,7 @@ Params read_params(DType dtype, const Tensor& scale, const Tensor& zero_point, i
   params.zero_point.resize(channels);
   const float* scales = scale.const_data_ptr<float>();
   for (int64_t c = 0; c < channels; ++c) {
-    check(scales[c] > 0.0f && is_finite(scales[c]), kOp,
+    check(scales[c] > 0.0f && is_finite(scales[c]), kFakeQuantize,
           ": scale: expected positive finite values, got ", scales[c]);
     params.inverse_scale[c] = 1.0f / scales[c];
   }
@@ -62,13 +59,15 @@ Params read_params(DType dtype, const Tensor& scale, const Tensor& zero_point, i
   return params;
 }
 
-Tensor forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-               int64_t quant_max, std::optional<int64_t> axis, const std::optional<Tensor>& enabled,
-               uint8_t* mask) {
-  const DType dtype = input_dtype(kOp, "x", x);
-  const int64_t channel_axis = axis.has_value() ? check_axis(kOp, x, *axis) : -1;
-  check_grid_params(kOp, x, scale, zero_point, quant_min, quant_max, channel_axis);
-  const bool off = is_off(kOp, enabled, x);
+}  // namespace
+
+Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                             int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
+                             const std::optional<Tensor>& enabled, uint8_t* mask) {
+  const DType dtype = input_dtype(kFakeQuantize, "x", x);
+  const int64_t channel_axis = axis.has_value() ? check_axis(kFakeQuantize, x, *axis) : -1;
+  check_grid_params(kFakeQuantize, x, scale, zero_point, quant_min, quant_max, channel_axis);
+  const bool off = is_off(kFakeQuantize, enabled, x);
   Params params;  // what is switched off may hold any scale
   if (!off) {
     params = read_params(dtype, scale, zero_point, quant_min, quant_max, channel_axis >= 0);
@@ -100,26 +99,12 @@ Tensor forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, i
   return y;
 }
 
-Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
-                     int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
-                     std::optional<Tensor> enabled) {
-  return forward(x, scale, zero_point, quant_min, quant_max, axis, enabled, nullptr);
-}
-
-std::tuple<Tensor, Tensor> fake_quantize_mask(const Tensor& x, const Tensor& scale,
-                                              const Tensor& zero_point, int64_t quant_min,
-                                              int64_t quant_max, std::optional<int64_t> axis,
-                                              std::optional<Tensor> enabled) {
-  Tensor mask = empty_mask(x);
-  Tensor y = forward(x, scale, zero_point, quant_min, quant_max, axis, enabled,
-                     mask.mutable_data_ptr<uint8_t>());
-  return {y, mask};
-}
+namespace {
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
-  const DType dtype = input_dtype(kOpBackward, "grad", grad);
+  const DType dtype = input_dtype(kFakeQuantizeBackward, "grad", grad);
   const int64_t n = grad.numel();
-  check_backward(kOpBackward, grad, mask);
+  check_backward(kFakeQuantizeBackward, grad, mask);
   Tensor out = empty_output(grad);
   if (n == 0) {
     return out;

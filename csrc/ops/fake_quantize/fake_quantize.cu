@@ -11,8 +11,6 @@
 namespace pyobserver {
 namespace {
 
-constexpr const char* kOp = "fake_quantize";
-constexpr const char* kOpBackward = "fake_quantize_backward";
 constexpr int kThreads = 256;
 
 // The parameters as they lie on the device.
@@ -96,13 +94,15 @@ __global__ void backward_kernel(const T* __restrict__ grad, const uint8_t* __res
   }
 }
 
-Tensor forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-               int64_t quant_max, std::optional<int64_t> axis, const std::optional<Tensor>& enabled,
-               uint8_t* mask) {
-  const DType dtype = input_dtype(kOp, "x", x);
-  const int64_t channel_axis = axis.has_value() ? check_axis(kOp, x, *axis) : -1;
-  check_grid_params(kOp, x, scale, zero_point, quant_min, quant_max, channel_axis);
-  check_switch(kOp, enabled, x);
+}  // namespace
+
+Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                             int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
+                             const std::optional<Tensor>& enabled, uint8_t* mask) {
+  const DType dtype = input_dtype(kFakeQuantize, "x", x);
+  const int64_t channel_axis = axis.has_value() ? check_axis(kFakeQuantize, x, *axis) : -1;
+  check_grid_params(kFakeQuantize, x, scale, zero_point, quant_min, quant_max, channel_axis);
+  check_switch(kFakeQuantize, enabled, x);
   Tensor y = empty_output(x);
   const int64_t n = x.numel();
   if (n == 0) {
@@ -128,29 +128,15 @@ Tensor forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, i
     forward_kernel<T><<<launch.blocks, kThreads, 0, launch.stream>>>(from, static_cast<T*>(to),
                                                                      mask, n, params, grid);
   });
-  check_launch(kOp);
+  check_launch(kFakeQuantize);
   return y;
 }
 
-Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
-                     int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
-                     std::optional<Tensor> enabled) {
-  return forward(x, scale, zero_point, quant_min, quant_max, axis, enabled, nullptr);
-}
-
-std::tuple<Tensor, Tensor> fake_quantize_mask(const Tensor& x, const Tensor& scale,
-                                              const Tensor& zero_point, int64_t quant_min,
-                                              int64_t quant_max, std::optional<int64_t> axis,
-                                              std::optional<Tensor> enabled) {
-  Tensor mask = empty_mask(x);
-  Tensor y = forward(x, scale, zero_point, quant_min, quant_max, axis, enabled,
-                     mask.mutable_data_ptr<uint8_t>());
-  return {y, mask};
-}
+namespace {
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
-  const DType dtype = input_dtype(kOpBackward, "grad", grad);
-  check_backward(kOpBackward, grad, mask);
+  const DType dtype = input_dtype(kFakeQuantizeBackward, "grad", grad);
+  check_backward(kFakeQuantizeBackward, grad, mask);
   Tensor out = empty_output(grad);
   const int64_t n = grad.numel();
   if (n == 0) {
@@ -164,7 +150,7 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
     backward_kernel<T>
         <<<launch.blocks, kThreads, 0, launch.stream>>>(from, bits, static_cast<T*>(to), n);
   });
-  check_launch(kOpBackward);
+  check_launch(kFakeQuantizeBackward);
   return out;
 }
 

@@ -1,11 +1,17 @@
 // Checks and allocations that the CPU and the CUDA glue of fake_quantize share.
 #pragma once
 
+#include <optional>
+#include <tuple>
+
 #include "../../core/check.h"
 #include "../../core/dense.h"
 #include "fake_quantize.h"
 
 namespace pyobserver {
+
+constexpr const char* kFakeQuantize = "fake_quantize";
+constexpr const char* kFakeQuantizeBackward = "fake_quantize_backward";
 
 inline void check_grid_params(const char* op, const Tensor& x, const Tensor& scale,
                               const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
@@ -40,6 +46,27 @@ inline Tensor empty_mask(const Tensor& x) {
   const int64_t bytes = (x.numel() + 7) / 8;
   const int64_t stride = 1;
   return empty_strided(x, {&bytes, 1}, {&stride, 1}, aoti_torch_dtype_uint8());
+}
+
+// The forward, into mask too where that is not null. Each of the two libraries has its own.
+Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                             int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
+                             const std::optional<Tensor>& enabled, uint8_t* mask);
+
+inline Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                            int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
+                            std::optional<Tensor> enabled) {
+  return fake_quantize_forward(x, scale, zero_point, quant_min, quant_max, axis, enabled, nullptr);
+}
+
+inline std::tuple<Tensor, Tensor> fake_quantize_mask(const Tensor& x, const Tensor& scale,
+                                                     const Tensor& zero_point, int64_t quant_min,
+                                                     int64_t quant_max, std::optional<int64_t> axis,
+                                                     std::optional<Tensor> enabled) {
+  Tensor mask = empty_mask(x);
+  Tensor y = fake_quantize_forward(x, scale, zero_point, quant_min, quant_max, axis, enabled,
+                                   mask.mutable_data_ptr<uint8_t>());
+  return {y, mask};
 }
 
 inline void check_backward(const char* op, const Tensor& grad, const Tensor& mask) {

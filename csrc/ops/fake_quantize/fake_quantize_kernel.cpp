@@ -24,7 +24,7 @@ PYOBS_HD bool quantize_value(T x, T* y, float scale, float inverse_scale, double
 template <class T, bool wide>
 void quantize_run(const T* __restrict x, T* __restrict y, uint8_t* __restrict inside, int64_t n,
                   float scale, float inverse_scale, double zero_point, const QuantGrid& shared) {
-  const QuantGrid grid = shared;
+  const QuantGrid grid = shared;  // a copy, which the stores below cannot change
   if (grid.float_zero_point) {
     for (int64_t i = 0; i < n; ++i) {
       inside[i] =

@@ -49,13 +49,16 @@ void rebin_midpoint(const std::vector<double>& counts, Range old_range, Range ne
                                ? narrow
                                : static_cast<float>(static_cast<double>(old_range.high) / fine -
                                                     static_cast<double>(old_range.low) / fine);
+  const Linspace parts = linspace(old_range.low, old_range.high, fine + 1);
+  const Linspace edges = linspace(new_range.low, new_range.high, bins + 1);
   std::vector<Count> sums(bins, Count(0));
   int64_t bin = 0;  // midpoints and edges both ascend
+  float upper_edge = element(edges, 1);
   for (int64_t i = 0; i < fine; ++i) {
-    const float midpoint = linspace(old_range.low, old_range.high, fine + 1, i) + 0.5f * part_width;
-    while (bin < bins - 1 &&
-           linspace(new_range.low, new_range.high, bins + 1, bin + 1) <= midpoint) {
+    const float midpoint = element(parts, i) + 0.5f * part_width;
+    while (bin < bins - 1 && upper_edge <= midpoint) {
       ++bin;
+      upper_edge = element(edges, bin + 1);
     }
     sums[bin] += static_cast<Count>(counts[i / upsample_rate]) / static_cast<Count>(upsample_rate);
   }
@@ -163,11 +166,9 @@ void histogram(const Tensor& x, const Tensor& counts, const Tensor& min_val, con
 
   const DenseInput input(x, -1);
   int64_t count = 0;
-  Range batch = tensor_range(dtype, input, nonfinite == Nonfinite::ignore, &count);
-  batch.low += 0.0f;  // a zero is positive, whichever of the two came first
-  batch.high += 0.0f;
-  check(nonfinite != Nonfinite::raise || count == 0, kOp, ": x: expected finite values, got ",
-        count, " NaN or infinite of ", x.numel());
+  const Range batch =
+      positive_zeros(tensor_range(dtype, input, nonfinite == Nonfinite::ignore, &count));
+  check_finite(kOp, nonfinite, count, x.numel());
 
   float* low = min_val.mutable_data_ptr<float>();
   float* high = max_val.mutable_data_ptr<float>();

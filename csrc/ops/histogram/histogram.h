@@ -34,33 +34,48 @@ PYOBS_HD BinGrid bin_grid(float low, float high, int32_t bins) {
   return grid;
 }
 
-// The bin of a finite value inside the range.
-PYOBS_HD int32_t bin_index(float x, const BinGrid& grid) {
-  int32_t index;
-  if (grid.unsplit) {
-    return grid.bins / 2;
-  }
-  if (grid.wide) {
-    index = static_cast<int32_t>((static_cast<double>(x) - grid.wide_left) * grid.bins /
-                                 grid.wide_width);
-  } else {
-    index = static_cast<int32_t>((x - grid.left) * static_cast<float>(grid.bins) / grid.width);
-  }
-  index = index > grid.bins - 1 ? grid.bins - 1 : index;
+PYOBS_HD int32_t clamp_bin(int32_t index, int32_t bins) {
+  index = index > bins - 1 ? bins - 1 : index;
   return index < 0 ? 0 : index;
 }
 
-// Element `index` of torch.linspace(low, high, steps) in float32, whose multiply-add is one
-// rounding, hence float64 here.
-PYOBS_HD float linspace(float low, float high, int64_t steps, int64_t index) {
+// The bin of a finite value inside the range, where the grid is neither wide nor unsplit.
+PYOBS_HD int32_t narrow_bin_index(float x, const BinGrid& grid) {
+  const float position = (x - grid.left) * static_cast<float>(grid.bins) / grid.width;
+  return clamp_bin(static_cast<int32_t>(position), grid.bins);
+}
+
+// The bin of a finite value inside the range.
+PYOBS_HD int32_t bin_index(float x, const BinGrid& grid) {
+  if (grid.unsplit) {
+    return grid.bins / 2;
+  }
+  if (!grid.wide) {
+    return narrow_bin_index(x, grid);
+  }
+  const double position = (static_cast<double>(x) - grid.wide_left) * grid.bins / grid.wide_width;
+  return clamp_bin(static_cast<int32_t>(position), grid.bins);
+}
+
+// torch.linspace(low, high, steps) in float32, whose multiply-add is one rounding, hence float64
+// here.
+struct Linspace {
+  double low, high, step;
+  int64_t steps;
+};
+
+PYOBS_HD Linspace linspace(float low, float high, int64_t steps) {
   const float narrow = (high - low) / static_cast<float>(steps - 1);
-  const double step = is_finite(narrow) ? static_cast<double>(narrow)
-                                        : (static_cast<double>(high) - static_cast<double>(low)) /
-                                              static_cast<double>(steps - 1);
-  return static_cast<float>(index < steps / 2
-                                ? static_cast<double>(low) + step * static_cast<double>(index)
-                                : static_cast<double>(high) -
-                                      step * static_cast<double>(steps - 1 - index));
+  const double first = static_cast<double>(low), last = static_cast<double>(high);
+  const double wide = (last - first) / static_cast<double>(steps - 1);
+  return {first, last, is_finite(narrow) ? static_cast<double>(narrow) : wide, steps};
+}
+
+PYOBS_HD float element(const Linspace& space, int64_t index) {
+  const double value = index < space.steps / 2
+                           ? space.low + space.step * static_cast<double>(index)
+                           : space.high - space.step * static_cast<double>(space.steps - 1 - index);
+  return static_cast<float>(value);
 }
 
 // The common grid of an old and a wider range: parts of an old bin, so many of which make a new

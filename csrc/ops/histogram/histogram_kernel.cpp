@@ -7,9 +7,9 @@ namespace {
 constexpr int kBlock = 256;  // indices are computed in vectors, then counted one by one
 
 template <class T>
-void bin(const T* x, int64_t n, const BinGrid& grid, int64_t* counts) {
+void bin(const T* x, int64_t n, const BinGrid& shared, int64_t* counts) {
+  const BinGrid grid = shared;  // a copy, which the stores below cannot change
   int32_t index[kBlock];
-  const float bins = static_cast<float>(grid.bins);
   for (int64_t start = 0; start < n; start += kBlock) {
     const int count = n - start < kBlock ? static_cast<int>(n - start) : kBlock;
     if (grid.wide || grid.unsplit) {
@@ -22,10 +22,7 @@ void bin(const T* x, int64_t n, const BinGrid& grid, int64_t* counts) {
         const float value = to_float(x[start + i]);
         const bool finite = is_finite(value);
         // a finite stand-in keeps the conversion to an integer defined
-        const float position = ((finite ? value : grid.left) - grid.left) * bins / grid.width;
-        int32_t bin = static_cast<int32_t>(position);
-        bin = bin > grid.bins - 1 ? grid.bins - 1 : bin;
-        bin = bin < 0 ? 0 : bin;
+        const int32_t bin = narrow_bin_index(finite ? value : grid.left, grid);
         index[i] = finite ? bin : grid.bins;
       }
     }

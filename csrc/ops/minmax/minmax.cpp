@@ -104,8 +104,7 @@ void minmax(const Tensor& x, const Tensor& min_val, const Tensor& max_val,
   } else {
     count = reduce_channels(dtype, input, finite_only, lows.data(), highs.data());
   }
-  check(nonfinite != Nonfinite::raise || count == 0, kOp, ": x: expected finite values, got ",
-        count, " NaN or infinite of ", x.numel());
+  check_finite(kOp, nonfinite, count, x.numel());
 
   float* min_data = min_val.mutable_data_ptr<float>();
   float* max_data = max_val.mutable_data_ptr<float>();

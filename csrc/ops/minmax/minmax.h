@@ -25,6 +25,9 @@ PYOBS_HD Range empty_range() { return {__builtin_huge_valf(), -__builtin_huge_va
 
 PYOBS_HD bool is_empty(Range range) { return range.low > range.high; }
 
+// A zero is positive, whichever of the two zeros came first.
+PYOBS_HD Range positive_zeros(Range range) { return {range.low + 0.0f, range.high + 0.0f}; }
+
 // With NaN in either, NaN, as torch.minimum and torch.maximum have it.
 PYOBS_HD Range merge(Range a, Range b) {
   return {(b.low < a.low || b.low != b.low) ? b.low : a.low,
@@ -46,8 +49,7 @@ PYOBS_HD Range fold(Range state, Range current, MinmaxUpdate update, float avera
   if (is_empty(current)) {
     return state;
   }
-  current.low += 0.0f;  // a zero is positive, whichever of the two came first
-  current.high += 0.0f;
+  current = positive_zeros(current);
   const Range unfed = empty_range();
   const bool first = state.low == unfed.low && state.high == unfed.high;
   switch (update) {
