@@ -19,12 +19,10 @@ from .factory import FactoryMixin
 _EPS = torch.finfo(torch.float32).eps
 
 
-def new_full(size: int | tuple[int, ...], value: float, like: Tensor) -> Tensor:
+def new_full(size: int, value: float, like: Tensor) -> Tensor:
     """A buffer for a module to keep: an ordinary tensor, also where inference mode is on."""
     with torch.inference_mode(False):
-        return torch.full(
-            (size,) if isinstance(size, int) else size, value, dtype=like.dtype, device=like.device
-        )
+        return torch.full((size,), value, dtype=like.dtype, device=like.device)
 
 
 class StatisticsModule(FactoryMixin, nn.Module):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._float32 import to_float32
 from ._library import define, note_update
 
-_LEAST_FUSED_SCALE = torch.tensor(6.1e-5, dtype=torch.float32).item()
+_LEAST_FUSED_SCALE = to_float32(6.1e-5)
 MAPPINGS = ("affine", "symmetric", "affine_float", "fused_affine", "fused_symmetric")
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._float32 import to_float32
 from ._library import define, note_update
 from .minmax import finite_minmax
 
 COMBINES = ("midpoint", "aligned")
 UPSAMPLE_RATE = {"midpoint": 16, "aligned": 128}
 # up to so many values the counts are computed in float32, for the very numbers of torch.ao
-FLOAT32_COUNTS = 2**24
+_FLOAT32_COUNTS = 2**24
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
@@ -63,22 +64,18 @@ def _check(
     )
 
 
-def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
-
-
 def _bin(x: Tensor, low: float, high: float, bins: int) -> Tensor:
     """How many of the finite values x fall into each bin of [low, high], as ``torch.histc`` counts.
 
     Where ``low == high`` the bins span [low - 1, high + 1], as there.
     """
-    left, right = (_float32(low - 1), _float32(high + 1)) if low == high else (low, high)
-    width = _float32(right - left)
+    left, right = (to_float32(low - 1), to_float32(high + 1)) if low == high else (low, high)
+    width = to_float32(right - left)
     if width == 0:  # a constant so large that adding one does not change it
         index = torch.full(x.shape, bins // 2, device=x.device)
     else:
         # float32 arithmetic; float64 where the product would leave it
-        wide = abs(_float32(width * bins)) == float("inf")
+        wide = abs(to_float32(width * bins)) == float("inf")
         values = x.double() if wide else x
         scale = torch.tensor(right - left if wide else width, dtype=values.dtype, device=x.device)
         index = ((values - left) * bins / scale).to(torch.int64).clamp_(0, bins - 1)
@@ -90,7 +87,7 @@ def _linspace(low: float, high: float, steps: int, device: torch.device) -> Tens
 
     The product and the sum are one rounding there (a fused multiply-add), hence float64 here.
     """
-    step = _float32(_float32(high - low) / (steps - 1))
+    step = to_float32(to_float32(high - low) / (steps - 1))
     if step == float("inf"):
         step = (high - low) / (steps - 1)
     index = torch.arange(steps, device=device, dtype=torch.float64)
@@ -105,10 +102,10 @@ def _rebin_midpoint(
     """Each bin is cut into equal parts, and each part goes to the bin its midpoint falls into."""
     bins = counts.numel()
     fine = bins * upsample_rate
-    part_width = _float32(_float32(high - low) / fine)
+    part_width = to_float32(to_float32(high - low) / fine)
     if part_width == float("inf"):
-        part_width = _float32(high / fine - low / fine)
-    half = _float32(0.5 * part_width)
+        part_width = to_float32(high / fine - low / fine)
+    half = to_float32(0.5 * part_width)
     midpoints = _linspace(low, high, fine + 1, counts.device)[:-1] + half
     edges = _linspace(new_low, new_high, bins + 1, counts.device)
     index = (torch.bucketize(midpoints, edges, right=True) - 1).clamp_(0, bins - 1)
@@ -128,7 +125,7 @@ def _rebin_aligned(
     bins = counts.numel()
     part = (high - low) / (bins * upsample_rate)
     parts_per_bin = math.ceil((new_high - new_low) / (bins * part))
-    relaxed = _float32(min(new_low + parts_per_bin * (bins * part), _FLOAT_MAX))
+    relaxed = to_float32(min(new_low + parts_per_bin * (bins * part), _FLOAT_MAX))
     offset = float(round((low - new_low) / part))
     index = torch.arange(bins + 1, device=counts.device, dtype=torch.float64)
     position = (index * float(parts_per_bin) - offset).clamp(0, bins * upsample_rate)
@@ -161,7 +158,7 @@ def _rebin(
 
 def _working(counts: Tensor, added: float) -> Tensor:
     """The counts in the type to compute in: float32 as torch does, while that holds them."""
-    return counts.float() if float(counts.sum()) + added <= FLOAT32_COUNTS else counts
+    return counts.float() if float(counts.sum()) + added <= _FLOAT32_COUNTS else counts
 
 
 def reference(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._float32 import to_float32
 from ._library import define, note_update
 
 UPDATES = ("running", "moving_average", "memoryless")
@@ -77,7 +78,7 @@ def finite_minmax(
 def _average(state: Tensor, current: Tensor, averaging_constant: float) -> Tensor:
     """In float32 as torch computes it; in float64 where the difference leaves float32."""
     difference = current - state
-    constant = torch.tensor(averaging_constant).item()
+    constant = to_float32(averaging_constant)
     wide = state.double() + constant * (current.double() - state.double())
     narrow = state + averaging_constant * difference
     return torch.where(difference.isfinite(), narrow, wide.float())
