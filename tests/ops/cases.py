@@ -56,6 +56,20 @@ SPECIAL: dict[str, list[float]] = {
     "large_equal": [3e10] * 5,
 }
 
+# rows of a table of rejected arguments: a switch of the wrong type, or of two elements
+REJECTED_SWITCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "enabled_dtype": (
+        {"enabled": torch.ones(1)},
+        TypeError,
+        "enabled: expected torch.uint8 .*, got torch.float32",
+    ),
+    "enabled_size": (
+        {"enabled": torch.ones(2, dtype=torch.uint8)},
+        ValueError,
+        r"enabled: expected 1 element, got shape \(2,\)",
+    ),
+}
+
 
 def sample(
     shape: Sequence[int] | int | None, dtype: torch.dtype = torch.float32, seed: int = 0

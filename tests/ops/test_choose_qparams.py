@@ -10,7 +10,7 @@ from torch.ao.quantization import PerChannelMinMaxObserver
 
 from pyobserver import ops
 
-from .cases import assert_all_same, assert_rejected, opcheck, unchanged
+from .cases import REJECTED_SWITCHES, assert_all_same, assert_rejected, opcheck, unchanged
 
 EPS = torch.finfo(torch.float32).eps
 QSCHEMES = {
@@ -275,11 +275,7 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"eps: expected 1 element, got shape \(2,\)",
     ),
     "eps_number": ({"eps": 1e-6}, TypeError, "eps: expected torch.float32, got float"),
-    "enabled_dtype": (
-        {"enabled": torch.ones(1)},
-        TypeError,
-        "enabled: expected torch.uint8 .*, got torch.float32",
-    ),
+    **REJECTED_SWITCHES,
     "meta": (
         {"scale": torch.zeros(3, device="meta")},
         ValueError,

@@ -16,6 +16,7 @@ from .cases import (
     DTYPES,
     LARGE,
     LAYOUTS,
+    REJECTED_SWITCHES,
     SHAPE,
     SIZES,
     SPECIAL,
@@ -423,16 +424,7 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "axis": ({"axis": 2}, ValueError, r"axis: expected .*\[-2, 1\].* got 2"),
     "axis_low": ({"axis": -3}, ValueError, r"axis: expected .*\[-2, 1\].* got -3"),
     "no_axis": ({"axis": None}, ValueError, r"scale: expected 1 element, got shape \(3,\)"),
-    "enabled_dtype": (
-        {"enabled": torch.ones(1)},
-        TypeError,
-        "enabled: expected torch.uint8 .*, got torch.float32",
-    ),
-    "enabled_size": (
-        {"enabled": torch.ones(2, dtype=torch.uint8)},
-        ValueError,
-        r"enabled: expected 1 element, got shape \(2,\)",
-    ),
+    **REJECTED_SWITCHES,
     "scale_meta": (
         {"scale": torch.ones(3, device="meta")},
         ValueError,

@@ -19,6 +19,7 @@ from .cases import (
     DTYPES,
     LARGE,
     LAYOUTS,
+    REJECTED_SWITCHES,
     SIZES,
     assert_all_same,
     assert_rejected,
@@ -527,16 +528,7 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"upsample_rate: expected a value in \[1, 65536\], got 0",
     ),
     "rate_high": ({"upsample_rate": 65537}, ValueError, "upsample_rate: expected .*, got 65537"),
-    "enabled_dtype": (
-        {"enabled": torch.ones(1)},
-        TypeError,
-        "enabled: expected torch.uint8 .*, got torch.float32",
-    ),
-    "enabled_size": (
-        {"enabled": torch.ones(2, dtype=torch.uint8)},
-        ValueError,
-        r"enabled: expected 1 element, got shape \(2,\)",
-    ),
+    **REJECTED_SWITCHES,
     "x_meta": (
         {"x": torch.empty(9, device="meta")},
         ValueError,

@@ -15,6 +15,7 @@ from .cases import (
     DTYPES,
     LARGE,
     LAYOUTS,
+    REJECTED_SWITCHES,
     SHAPE,
     SIZES,
     SPECIAL,
@@ -330,16 +331,7 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"averaging_constant: expected .*, got nan",
     ),
-    "enabled_dtype": (
-        {"enabled": torch.ones(1)},
-        TypeError,
-        "enabled: expected torch.uint8 .*, got torch.float32",
-    ),
-    "enabled_size": (
-        {"enabled": torch.ones(2, dtype=torch.uint8)},
-        ValueError,
-        r"enabled: expected 1 element, got shape \(2,\)",
-    ),
+    **REJECTED_SWITCHES,
     "x_meta": (
         {"x": torch.empty(2, 3, device="meta")},
         ValueError,

@@ -14,6 +14,7 @@ from torch.ao.quantization import HistogramObserver
 from pyobserver import ops
 
 from .cases import (
+    REJECTED_SWITCHES,
     assert_all_same,
     assert_rejected,
     assert_same,
@@ -279,11 +280,7 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "levels": ({"num_levels": 1}, ValueError, "num_levels: expected at least 2, got 1"),
     "levels_negative": ({"num_levels": -5}, ValueError, "num_levels: expected .*, got -5"),
-    "enabled_dtype": (
-        {"enabled": torch.ones(1)},
-        TypeError,
-        "enabled: expected torch.uint8 .*, got torch.float32",
-    ),
+    **REJECTED_SWITCHES,
     "meta": (
         {"min_val": torch.empty((), device="meta")},
         ValueError,
