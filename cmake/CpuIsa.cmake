@@ -2,6 +2,8 @@
 # Never -march=native: a wheel must run where it was not built.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(PYOBSERVER_CPU_ISAS baseline avx2 avx512)
+  # what torch's own wheels need (oneDNN); without SSE4.1 there is no vector of minima and no rounding
+  set(isa_flags_baseline -mssse3 -msse4.1 -msse4.2 -mpopcnt)
   set(isa_flags_avx2 -mavx2 -mfma)
   set(isa_flags_avx512 -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl
                        -mprefer-vector-width=512)

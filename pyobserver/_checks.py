@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NONFINITE = ("ignore", "propagate", "raise")
+IGNORE, PROPAGATE, RAISE = range(3)
+NONFINITE_CODES = {name: code for code, name in enumerate(NONFINITE)}
 
 
 def _describe(value: object) -> str:
@@ -64,6 +68,18 @@ def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) ->
         raise ValueError(f"{op}: {name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def code_of(op: str, name: str, value: object, choices: tuple[str, ...]) -> int:
+    """The number by which an op knows a mode: an integer costs its call less than a string."""
+    check_choice(op, name, value, choices)
+    return choices.index(str(value))
+
+
+def check_code(op: str, name: str, code: int, choices: tuple[str, ...]) -> None:
+    if not 0 <= code < len(choices):
+        wanted = ", ".join(f"{i} ({choice})" for i, choice in enumerate(choices))
+        raise ValueError(f"{op}: {name}: expected one of {wanted}, got {code}")
+
+
 def check_axis(op: str, x: Tensor, axis: int) -> int:
     """The axis as a number from 0 on."""
     if x.dim() == 0:
@@ -74,6 +90,41 @@ def check_axis(op: str, x: Tensor, axis: int) -> int:
             f"for a {x.dim()}-d tensor, got {axis}"
         )
     return axis % x.dim()
+
+
+def check_block_size(op: str, x: Tensor, axis: int | None, block_size: Sequence[int]) -> None:
+    if axis is not None:
+        raise ValueError(f"{op}: block_size: expected None beside axis={axis}, got {block_size}")
+    if len(block_size) != x.dim() or any(
+        size < 1 or whole % size for size, whole in zip(block_size, x.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{op}: block_size: expected a divisor of each size of x (shape {tuple(x.shape)}), "
+            f"got {tuple(block_size)}"
+        )
+
+
+def check_groups(
+    op: str,
+    states: dict[str, Tensor],
+    x: Tensor,
+    axis: int | None,
+    block_size: Sequence[int] | None,
+) -> None:
+    """Tensors of one value for each group: one, a channel's each, or the grid of blocks."""
+    if block_size is not None:
+        check_block_size(op, x, axis, block_size)
+        grid = tuple(whole // size for size, whole in zip(block_size, x.shape, strict=True))
+        for name, state in states.items():
+            if x.numel() and tuple(state.shape) != grid:
+                raise ValueError(
+                    f"{op}: {name}: expected shape {grid}, x's shape {tuple(x.shape)} over "
+                    f"block_size {tuple(block_size)}, got shape {tuple(state.shape)}"
+                )
+    elif axis is not None and x.numel() > 0:
+        axis = check_axis(op, x, axis)
+        for name, state in states.items():
+            check_channels(op, name, state, x, axis)
 
 
 def check_channels(op: str, name: str, state: Tensor, x: Tensor, axis: int) -> None:
@@ -97,6 +148,6 @@ def check_quant_range(op: str, quant_min: int, quant_max: int) -> None:
         )
 
 
-def check_enabled(op: str, enabled: Tensor | None) -> None:
+def check_enabled(op: str, enabled: Tensor | None, name: str = "enabled") -> None:
     if enabled is not None:
-        check_state(op, "enabled", enabled, (torch.uint8, torch.int64, torch.bool), 1)
+        check_state(op, name, enabled, (torch.uint8, torch.int64, torch.bool), 1)

@@ -13,8 +13,10 @@ from .dtypes import PER_CHANNEL, PER_TENSOR, SYMMETRIC, check_qscheme
 from .observers import (
     FixedQParamsObserver,
     HistogramObserver,
+    MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
     UniformQuantizationObserverBase,
     default_fixed_qparams_range_0to1_observer,
     default_fixed_qparams_range_neg1to1_observer,
@@ -22,6 +24,16 @@ from .observers import (
 from .observers.base import StatisticsModule, new_full
 from .ops.choose_qparams import choose_qparams
 from .ops.fake_quantize import fake_quantize
+
+# exactly these: a subclass may observe in a way of its own
+_ONE_CALL = frozenset(
+    (
+        MinMaxObserver,
+        MovingAverageMinMaxObserver,
+        PerChannelMinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+    )
+)
 
 __all__ = [
     "FakeQuantize",
@@ -118,6 +130,8 @@ class FakeQuantize(FakeQuantizeBase):
 
     scale: Tensor
     zero_point: Tensor
+    _observes_in_one_call = True
+    _mapping: str | None = None  # of scale and zero point; None: the observer's
 
     def __init__(
         self,
@@ -154,15 +168,31 @@ class FakeQuantize(FakeQuantizeBase):
         """``x`` rounded to the grid, shaped as x; also updates the observer and the scale."""
         if x.numel() == 0:
             return x
+        buffers = self._buffers
+        watcher = self._modules["activation_post_process"]
+        scale, zero_point = buffers["scale"], buffers["zero_point"]
+        if (
+            self._observes_in_one_call
+            and type(watcher) in _ONE_CALL
+            and (not self.is_per_channel or watcher.min_val.numel() == scale.numel())
+        ):
+            return watcher.observe_fake_quantize(
+                x,
+                scale,
+                zero_point,
+                self._mapping,
+                buffers["observer_enabled"],
+                buffers["fake_quant_enabled"],
+            )
         self._observe(x)
         return fake_quantize(
             x,
             self.scale,
             self.zero_point,
-            self.activation_post_process.quant_min,
-            self.activation_post_process.quant_max,
+            watcher.quant_min,
+            watcher.quant_max,
             self.ch_axis if self.is_per_channel else None,
-            self.fake_quant_enabled,
+            buffers["fake_quant_enabled"],
         )
 
     def _observe(self, x: Tensor) -> None:
@@ -236,8 +266,10 @@ class FixedQParamsFakeQuantize(FakeQuantize):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
 
+    _observes_in_one_call = False  # the parameters are fixed
+
     def _observe(self, x: Tensor) -> None:
-        """The parameters are fixed."""
+        """Nothing is chosen."""
 
 
 @offer_to_hosts
@@ -274,8 +306,11 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
                 f"got {type(self.activation_post_process).__name__}"
             )
 
+        if self.qscheme != torch.per_channel_affine_float_qparams:
+            self._mapping = "fused_symmetric" if self.is_symmetric_quant else "fused_affine"
+
     def _choose_qparams(self, watcher: Any) -> None:
-        if self.qscheme == torch.per_channel_affine_float_qparams:
+        if self._mapping is None:
             super()._choose_qparams(watcher)
             return
         self._resize(watcher.min_val.numel())
@@ -287,7 +322,7 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
             watcher.eps,
             watcher.quant_min,
             watcher.quant_max,
-            "fused_symmetric" if self.is_symmetric_quant else "fused_affine",
+            self._mapping,
             0,
             self.observer_enabled,
         )

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 
 import pyobserver
+from pyobserver._checks import NONFINITE
+from pyobserver.ops.choose_qparams import MAPPINGS
+from pyobserver.ops.histogram import COMBINES
+from pyobserver.ops.minmax import UPDATES
 
 _REFERENCES = {
     "minmax": ("minmax", "reference"),
@@ -19,8 +23,21 @@ _REFERENCES = {
     "choose_qparams": ("choose_qparams", "reference"),
     "_fake_quantize": ("fake_quantize", "reference"),
     "_fake_quantize_mask": ("fake_quantize", "reference_mask"),
+    "_fake_quantize_out": ("fake_quantize", "reference_out"),
     "_fake_quantize_backward": ("fake_quantize", "reference_backward"),
+    "_observe_fake_quantize": ("observe_fake_quantize", "reference"),
+    "_observe_fake_quantize_mask": ("observe_fake_quantize", "reference_mask"),
 }
+_CODES = {
+    name: code
+    for names in (UPDATES, NONFINITE, COMBINES, MAPPINGS)
+    for code, name in enumerate(names)
+}
+
+
+def coded(arg: Any) -> Any:
+    """The number of a mode, as the ops take it; anything else as it is."""
+    return _CODES[arg] if isinstance(arg, str) else arg
 
 
 @dataclass(frozen=True)
@@ -32,11 +49,17 @@ class Backend:
     isa: str | None = None
 
     def op(self, name: str) -> Callable[..., Any]:
-        """The kernel of an op, called with the op's positional arguments."""
+        """The kernel of an op, called with its arguments, modes by their names."""
         if self.name == "reference":
             module, function = _REFERENCES[name]
-            return getattr(importlib.import_module(f"pyobserver.ops.{module}"), function)
-        return getattr(torch.ops.pyobserver, name).default
+            kernel = getattr(importlib.import_module(f"pyobserver.ops.{module}"), function)
+        else:
+            kernel = getattr(torch.ops.pyobserver, name).default
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return kernel(*map(coded, args), **{name: coded(arg) for name, arg in kwargs.items()})
+
+        return call
 
     def select(self) -> None:
         if self.isa is not None:

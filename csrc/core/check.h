@@ -6,7 +6,6 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 
 #include "dtype.h"
 #include "torch_api.h"
@@ -23,7 +22,7 @@ inline void check(bool condition, const Parts&... parts) {
 }
 
 inline DType input_dtype(const char* op, const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
+  switch (dtype_of(x)) {
     case ScalarType::Float:
       return DType::float32;
     case ScalarType::Double:
@@ -35,7 +34,7 @@ inline DType input_dtype(const char* op, const char* name, const Tensor& x) {
     default:
       check(false, op, ": ", name,
             ": expected a dense tensor of float32, float64, float16 or bfloat16, got ",
-            torch::headeronly::toString(x.scalar_type()));
+            torch::headeronly::toString(dtype_of(x)));
       return DType::float32;
   }
 }
@@ -43,9 +42,8 @@ inline DType input_dtype(const char* op, const char* name, const Tensor& x) {
 // A tensor of state or parameters: on the device of the data, contiguous, of one dtype.
 inline void check_state(const char* op, const char* name, const Tensor& state, const Tensor& x,
                         ScalarType dtype) {
-  check(state.scalar_type() == dtype, op, ": ", name, ": expected ",
-        torch::headeronly::toString(dtype), ", got ",
-        torch::headeronly::toString(state.scalar_type()));
+  check(dtype_of(state) == dtype, op, ": ", name, ": expected ", torch::headeronly::toString(dtype),
+        ", got ", torch::headeronly::toString(dtype_of(state)));
   check(state.is_cpu() == x.is_cpu() && state.get_device_index() == x.get_device_index(), op, ": ",
         name, ": expected a tensor on the device of the data");
   check(state.is_contiguous(), op, ": ", name, ": expected a contiguous tensor");
@@ -63,12 +61,6 @@ inline void check_channels(const char* op, const char* name, const Tensor& state
         " dimensions");
 }
 
-inline int64_t check_axis(const char* op, const Tensor& x, int64_t axis) {
-  check(-x.dim() <= axis && axis < x.dim(), op, ": axis: expected a value in [", -x.dim(), ", ",
-        x.dim() - 1, "], got ", axis);
-  return axis < 0 ? axis + x.dim() : axis;
-}
-
 inline void check_quant_range(const char* op, int64_t quant_min, int64_t quant_max) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   check(quant_min >= -kLimit && quant_max < kLimit, op,
@@ -81,16 +73,10 @@ inline void check_quant_range(const char* op, int64_t quant_min, int64_t quant_m
 
 enum class Nonfinite { ignore, propagate, raise };
 
-inline Nonfinite parse_nonfinite(const char* op, const std::string& name) {
-  if (name == "ignore") {
-    return Nonfinite::ignore;
-  }
-  if (name == "propagate") {
-    return Nonfinite::propagate;
-  }
-  check(name == "raise", op, ": nonfinite: expected one of ignore, propagate, raise, got '", name,
-        "'");
-  return Nonfinite::raise;
+inline Nonfinite parse_nonfinite(const char* op, int64_t nonfinite) {
+  check(nonfinite >= 0 && nonfinite <= 2, op,
+        ": nonfinite: expected 0 (ignore), 1 (propagate) or 2 (raise), got ", nonfinite);
+  return static_cast<Nonfinite>(nonfinite);
 }
 
 inline void check_finite(const char* op, Nonfinite nonfinite, int64_t nonfinite_count,
@@ -99,26 +85,28 @@ inline void check_finite(const char* op, Nonfinite nonfinite, int64_t nonfinite_
         ": x: expected finite values, got ", nonfinite_count, " NaN or infinite of ", numel);
 }
 
-inline void check_switch(const char* op, const std::optional<Tensor>& enabled, const Tensor& x) {
+inline void check_switch(const char* op, const char* name, const std::optional<Tensor>& enabled,
+                         const Tensor& x) {
   if (!enabled.has_value()) {
     return;
   }
-  const ScalarType dtype = enabled->scalar_type();
+  const ScalarType dtype = dtype_of(*enabled);
   check(dtype == ScalarType::Byte || dtype == ScalarType::Bool || dtype == ScalarType::Long, op,
-        ": enabled: expected uint8, int64 or bool, got ", torch::headeronly::toString(dtype));
-  check_state(op, "enabled", *enabled, x, dtype);
-  check_numel(op, "enabled", *enabled, 1);
+        ": ", name, ": expected uint8, int64 or bool, got ", torch::headeronly::toString(dtype));
+  check_state(op, name, *enabled, x, dtype);
+  check_numel(op, name, *enabled, 1);
 }
 
 // The switch of an op, where there is one, read on the host: for the CPU kernels.
-inline bool is_off(const char* op, const std::optional<Tensor>& enabled, const Tensor& x) {
-  check_switch(op, enabled, x);
+inline bool is_off(const char* op, const char* name, const std::optional<Tensor>& enabled,
+                   const Tensor& x) {
+  check_switch(op, name, enabled, x);
   if (!enabled.has_value()) {
     return false;
   }
   const void* flag = enabled->const_data_ptr();
-  return enabled->scalar_type() == ScalarType::Long ? *static_cast<const int64_t*>(flag) == 0
-                                                    : *static_cast<const uint8_t*>(flag) == 0;
+  return dtype_of(*enabled) == ScalarType::Long ? *static_cast<const int64_t*>(flag) == 0
+                                                : *static_cast<const uint8_t*>(flag) == 0;
 }
 
 }  // namespace pyobserver

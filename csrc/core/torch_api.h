@@ -10,4 +10,31 @@ namespace pyobserver {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Tensor::scalar_type() and the typed pointers ask the library about one type after another; these
+// are a few nanoseconds, for arguments that are looked at in every call.
+inline ScalarType dtype_of(const Tensor& x) {
+  static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_int64(),
+                                  aoti_torch_dtype_int32(), aoti_torch_dtype_uint8()};
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::Long, ScalarType::Int,
+                                  ScalarType::Byte};
+  int32_t code = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  for (int i = 0; i < 4; ++i) {
+    if (codes[i] == code) {
+      return types[i];
+    }
+  }
+  return x.scalar_type();
+}
+
+template <class T>
+inline const T* const_data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+inline T* mutable_data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
 }  // namespace pyobserver

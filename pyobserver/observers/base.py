@@ -17,6 +17,13 @@ from ..ops.choose_qparams import choose_qparams
 from .factory import FactoryMixin
 
 _EPS = torch.finfo(torch.float32).eps
+_MAPPINGS = {
+    torch.per_tensor_affine: "affine",
+    torch.per_channel_affine: "affine",
+    torch.per_tensor_symmetric: "symmetric",
+    torch.per_channel_symmetric: "symmetric",
+    torch.per_channel_affine_float_qparams: "affine_float",
+}
 
 
 def new_full(size: int, value: float, like: Tensor) -> Tensor:
@@ -154,11 +161,7 @@ class UniformQuantizationObserverBase(ObserverBase):
 
     @property
     def _mapping(self) -> str:
-        if self.qscheme in SYMMETRIC:
-            return "symmetric"
-        if self.qscheme == torch.per_channel_affine_float_qparams:
-            return "affine_float"
-        return "affine"
+        return _MAPPINGS[self.qscheme]
 
     @property
     def _symmetric_zero_point(self) -> int:

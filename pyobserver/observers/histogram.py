@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_TENSOR, check_qscheme
-from ..ops.histogram import UPSAMPLE_RATE, check_combine, histogram
+from ..ops.histogram import COMBINES, UPSAMPLE_RATE, check_upsample_rate, histogram
 from ..ops.range_search import range_search
 from .base import UniformQuantizationObserverBase
 
@@ -53,7 +54,8 @@ class HistogramObserver(UniformQuantizationObserverBase):
         check_qscheme(owner, qscheme, PER_TENSOR)
         if upsample_rate is None:
             upsample_rate = UPSAMPLE_RATE.get(combine, 1)
-        check_combine(owner, combine, upsample_rate)
+        _checks.check_choice(owner, "combine", combine, COMBINES)
+        check_upsample_rate(owner, upsample_rate)
         if is_dynamic:
             raise NotImplementedError(
                 f"{owner}: is_dynamic: expected False (no dynamic quantization by histogram), "
@@ -82,12 +84,13 @@ class HistogramObserver(UniformQuantizationObserverBase):
         self.register_buffer("max_val", torch.tensor(-torch.inf, device=device))
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
+        buffers = self._buffers
         histogram(
             x,
-            self.histogram,
-            self.min_val,
-            self.max_val,
-            self.nonfinite_count,
+            buffers["histogram"],
+            buffers["min_val"],
+            buffers["max_val"],
+            buffers["nonfinite_count"],
             self.combine,
             self.upsample_rate,
             self.nonfinite,

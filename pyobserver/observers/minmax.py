@@ -10,6 +10,7 @@ from torch import Tensor
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_CHANNEL, PER_TENSOR, check_qscheme
 from ..ops.minmax import minmax
+from ..ops.observe_fake_quantize import observe_fake_quantize
 from .base import UniformQuantizationObserverBase, new_full
 
 
@@ -21,16 +22,56 @@ class _MinMaxBase(UniformQuantizationObserverBase):
     _axis: int | None = None
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
+        buffers = self._buffers  # nn.Module's own attributes take ten times as long
         minmax(
             x,
-            self.min_val,
-            self.max_val,
-            self.nonfinite_count,
+            buffers["min_val"],
+            buffers["max_val"],
+            buffers["nonfinite_count"],
             self._axis,
             self._update,
             self._weight,
             self.nonfinite,
             enabled,
+        )
+
+    def observe_fake_quantize(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        mapping: str | None = None,
+        observer_enabled: Tensor | None = None,
+        fake_quant_enabled: Tensor | None = None,
+    ) -> Tensor:
+        """Observe ``x``, write its scale and zero point, and fake-quantize with them, in one call.
+
+        Args:
+            scale, zero_point: as many elements as the observer has ranges, see
+                :func:`pyobserver.ops.observe_fake_quantize`.
+            mapping: how scale and zero point are chosen; None: as the observer does.
+            observer_enabled, fake_quant_enabled: one element each, read where the data is.
+        """
+        buffers = self._buffers
+        mapping = mapping or self._mapping
+        return observe_fake_quantize(
+            x,
+            buffers["min_val"],
+            buffers["max_val"],
+            buffers["nonfinite_count"],
+            scale,
+            zero_point,
+            buffers["eps"],
+            self.quant_min,
+            self.quant_max,
+            observer_enabled,
+            fake_quant_enabled,
+            mapping,
+            self._axis,
+            self._symmetric_zero_point if mapping == "symmetric" else 0,
+            self._update,
+            self._weight,
+            self.nonfinite,
         )
 
 
@@ -191,7 +232,7 @@ class PerChannelMinMaxObserver(_MinMaxBase):
         self.register_buffer("max_val", torch.full(size, -torch.inf, device=device))
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
-        if self.min_val.numel() == 0 and x.numel() > 0:
+        if self._buffers["min_val"].numel() == 0 and x.numel() > 0:
             self._observe_first(x, enabled)
         else:
             super().observe(x, enabled)

@@ -4,6 +4,7 @@ from .choose_qparams import choose_qparams
 from .fake_quantize import fake_quantize
 from .histogram import histogram, histogram_combine
 from .minmax import minmax
+from .observe_fake_quantize import observe_fake_quantize
 from .range_search import range_search
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "histogram",
     "histogram_combine",
     "minmax",
+    "observe_fake_quantize",
     "range_search",
 ]

@@ -48,6 +48,22 @@ def define(
     return getattr(torch.ops.pyobserver, name).default
 
 
+def eager_call(op: Any) -> Any:
+    """What calling ``op`` comes down to, without the microsecond's third that its class adds.
+
+    Not for what may be traced: Dynamo knows the op, not this.
+    """
+    return op._op
+
+
+def without_defaults(given: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The positional arguments up to the last that is not its default: each costs its call."""
+    kept = len(given)
+    while kept and given[kept - 1] == defaults[kept - 1]:
+        kept -= 1
+    return given[:kept]
+
+
 def note_update(*updated: Tensor) -> None:
     """Tell autograd that tensors were updated in place, which a kernel of another library cannot.
 

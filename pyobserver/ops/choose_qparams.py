@@ -11,6 +11,37 @@ from ._library import define, note_update
 
 _LEAST_FUSED_SCALE = to_float32(6.1e-5)
 MAPPINGS = ("affine", "symmetric", "affine_float", "fused_affine", "fused_symmetric")
+AFFINE, SYMMETRIC, AFFINE_FLOAT, FUSED_AFFINE, FUSED_SYMMETRIC = range(5)
+MAPPING_CODES = {name: code for code, name in enumerate(MAPPINGS)}
+
+
+def check_qparams(
+    op: str,
+    scale: Tensor,
+    zero_point: Tensor,
+    eps: Tensor,
+    quant_min: int,
+    quant_max: int,
+    mapping: int,
+    symmetric_zero_point: int,
+) -> None:
+    _checks.check_code(op, "mapping", mapping, MAPPINGS)
+    _checks.check_state(op, "scale", scale, (torch.float32,))
+    integers = (torch.int32, torch.int64)
+    dtypes = (torch.float32,) if mapping == AFFINE_FLOAT else integers
+    _checks.check_state(op, "zero_point", zero_point, dtypes, scale.numel())
+    _checks.check_state(op, "eps", eps, (torch.float32,), 1)
+    _checks.check_same_device(op, scale, {"zero_point": zero_point, "eps": eps})
+    _checks.check_quant_range(op, quant_min, quant_max)
+    if mapping == FUSED_SYMMETRIC and quant_max - quant_min < 2:
+        raise ValueError(
+            f"{op}: quant_max: expected at least quant_min + 2 for fused_symmetric, "
+            f"got quant_min={quant_min}, quant_max={quant_max}"
+        )
+    if abs(symmetric_zero_point) >= 2**31:
+        raise ValueError(
+            f"{op}: symmetric_zero_point: expected an int32 value, got {symmetric_zero_point}"
+        )
 
 
 def _check(
@@ -21,7 +52,7 @@ def _check(
     eps: Tensor,
     quant_min: int,
     quant_max: int,
-    mapping: str,
+    mapping: int,
     symmetric_zero_point: int,
     enabled: Tensor | None,
 ) -> None:
@@ -29,24 +60,10 @@ def _check(
     _checks.check_state(op, "min_val", min_val, (torch.float32,))
     _checks.check_state(op, "max_val", max_val, (torch.float32,), min_val.numel())
     _checks.check_state(op, "scale", scale, (torch.float32,), min_val.numel())
-    integers = (torch.int32, torch.int64)
-    dtypes = (torch.float32,) if mapping == "affine_float" else integers
-    _checks.check_choice(op, "mapping", mapping, MAPPINGS)
-    _checks.check_state(op, "zero_point", zero_point, dtypes, min_val.numel())
-    _checks.check_state(op, "eps", eps, (torch.float32,), 1)
-    _checks.check_quant_range(op, quant_min, quant_max)
-    if mapping == "fused_symmetric" and quant_max - quant_min < 2:
-        raise ValueError(
-            f"{op}: quant_max: expected at least quant_min + 2 for fused_symmetric, "
-            f"got quant_min={quant_min}, quant_max={quant_max}"
-        )
-    if abs(symmetric_zero_point) >= 2**31:
-        raise ValueError(
-            f"{op}: symmetric_zero_point: expected an int32 value, got {symmetric_zero_point}"
-        )
     _checks.check_enabled(op, enabled)
-    others = {"max_val": max_val, "scale": scale, "zero_point": zero_point}
-    _checks.check_same_device(op, min_val, {**others, "eps": eps, "enabled": enabled})
+    others = {"max_val": max_val, "scale": scale, "enabled": enabled}
+    _checks.check_same_device(op, min_val, others)
+    check_qparams(op, scale, zero_point, eps, quant_min, quant_max, mapping, symmetric_zero_point)
 
 
 def _fused(
@@ -87,7 +104,7 @@ def reference(
     eps: Tensor,
     quant_min: int,
     quant_max: int,
-    mapping: str = "affine",
+    mapping: int = AFFINE,
     symmetric_zero_point: int = 0,
     enabled: Tensor | None = None,
 ) -> None:
@@ -98,21 +115,21 @@ def reference(
     low, high, eps = min_val.reshape(scale.shape), max_val.reshape(scale.shape), eps.reshape(())
     steps = float(quant_max - quant_min)
     unseen = (low == torch.inf) & (high == -torch.inf)
-    if mapping.startswith("fused"):
-        symmetric = mapping == "fused_symmetric"
+    if mapping in (FUSED_AFFINE, FUSED_SYMMETRIC):
+        symmetric = mapping == FUSED_SYMMETRIC
         new_scale, new_zero = _fused(low, high, quant_min, quant_max, symmetric)
         new_zero = new_zero.to(zero_point.dtype)
-    elif mapping == "symmetric":
+    elif mapping == SYMMETRIC:
         bound = torch.maximum(-low.clamp(max=0.0), high.clamp(min=0.0))
         new_scale = torch.maximum(bound / (steps / 2), eps)
         new_zero = torch.full_like(zero_point, symmetric_zero_point)
     else:
-        if mapping == "affine":
+        if mapping == AFFINE:
             low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         width = (high - low) / steps
         # a width above the greatest float32 has a scale all the same
         width = torch.where(width == torch.inf, high / steps - low / steps, width)
-        if mapping == "affine":
+        if mapping == AFFINE:
             new_scale = torch.maximum(width, eps)
             shift = torch.round(low / new_scale).nan_to_num(0.0).to(torch.int64)
             new_zero = (quant_min - shift).clamp(quant_min, quant_max)
@@ -131,7 +148,7 @@ def reference(
 
 _op = define(
     "choose_qparams(Tensor min_val, Tensor max_val, Tensor(a!) scale, Tensor(b!) zero_point, "
-    "Tensor eps, int quant_min, int quant_max, str mapping='affine', int symmetric_zero_point=0, "
+    "Tensor eps, int quant_min, int quant_max, int mapping=0, int symmetric_zero_point=0, "
     "Tensor? enabled=None) -> ()",
     _check,
     reference,
@@ -165,6 +182,7 @@ def choose_qparams(
             ``-min / scale`` unrounded (torch's ``per_channel_affine_float_qparams``).
             ``"fused_affine"``, ``"fused_symmetric"``: what torch's
             ``fused_moving_avg_obs_fake_quant`` chooses, in float64, with a least scale of its own.
+            The op has them as 0 to 4.
         enabled: one element; 0 changes nothing.
 
     Raises:
@@ -174,13 +192,16 @@ def choose_qparams(
     differ: a width above the greatest float32 and an int32 zero point do not overflow. The fused
     ones: ``ChooseQuantizationParams`` of FBGEMM.
     """
-    args = (
-        min_val, max_val, scale, zero_point, eps,
-        quant_min, quant_max, mapping, symmetric_zero_point, enabled,
-    )  # fmt: skip
     try:
-        _op(*args)
+        _op(
+            min_val, max_val, scale, zero_point, eps,
+            quant_min, quant_max, MAPPING_CODES[mapping], symmetric_zero_point, enabled,
+        )  # fmt: skip
         note_update(scale, zero_point)
-    except (RuntimeError, OverflowError):
-        _check(*args)
+    except (RuntimeError, OverflowError, KeyError, TypeError):
+        code = _checks.code_of("choose_qparams", "mapping", mapping, MAPPINGS)
+        _check(
+            min_val, max_val, scale, zero_point, eps,
+            quant_min, quant_max, code, symmetric_zero_point, enabled,
+        )  # fmt: skip
         raise

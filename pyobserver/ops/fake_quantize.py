@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,29 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import _checks
-from ._library import define, define_composite
+from ._blocks import split
+from ._library import define, define_composite, note_update
+
+
+def check_grid_params(
+    op: str,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    block_size: Sequence[int] | None,
+) -> None:
+    numel = 1 if axis is None and block_size is None else None
+    _checks.check_state(op, "scale", scale, (torch.float32,), numel)
+    _checks.check_state(
+        op, "zero_point", zero_point, (torch.int32, torch.int64, torch.float32), numel
+    )
+    _checks.check_quant_range(op, quant_min, quant_max)
+    states = {"scale": scale, "zero_point": zero_point}
+    _checks.check_same_device(op, x, states)
+    _checks.check_groups(op, states, x, axis, block_size)
 
 
 def _check(
@@ -21,40 +44,60 @@ def _check(
     quant_max: int,
     axis: int | None,
     enabled: Tensor | None,
+    block_size: Sequence[int] | None,
 ) -> None:
     op = "fake_quantize"
     _checks.check_input(op, "x", x)
-    numel = 1 if axis is None else None
-    _checks.check_state(op, "scale", scale, (torch.float32,), numel)
-    _checks.check_state(
-        op, "zero_point", zero_point, (torch.int32, torch.int64, torch.float32), numel
-    )
-    _checks.check_quant_range(op, quant_min, quant_max)
+    check_grid_params(op, x, scale, zero_point, quant_min, quant_max, axis, block_size)
     _checks.check_enabled(op, enabled)
-    _checks.check_same_device(op, x, {"scale": scale, "zero_point": zero_point, "enabled": enabled})
-    if axis is not None:
-        axis = _checks.check_axis(op, x, axis)
-        _checks.check_channels(op, "scale", scale, x, axis)
-        _checks.check_channels(op, "zero_point", zero_point, x, axis)
+    _checks.check_same_device(op, x, {"enabled": enabled})
 
 
-def _check_values(
-    scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, enabled: Tensor | None
+def _check_out(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    out: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    enabled: Tensor | None,
+    block_size: Sequence[int] | None,
+) -> None:
+    _check(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
+    op = "fake_quantize"
+    if not isinstance(out, Tensor) or out.dtype != x.dtype:
+        got = out.dtype if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"{op}: out: expected x's dtype, {x.dtype}, got {got}")
+    _checks.check_same_device(op, x, {"out": out})
+    strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
+    if out.shape != x.shape or (x.numel() and out.stride() != strides):
+        raise ValueError(
+            f"{op}: out: expected shape {tuple(x.shape)} with strides {tuple(strides)}, "
+            f"got {tuple(out.shape)} with {out.stride()}"
+        )
+
+
+def check_values(
+    op: str, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, off: bool = False
 ) -> None:
     """What would cost a device sync, and is therefore looked at on the CPU alone."""
-    if scale.device.type != "cpu" or (enabled is not None and not bool(enabled)):
+    if scale.device.type != "cpu" or off:
         return
     if not bool(((scale > 0) & (scale < torch.inf)).all()):
-        raise ValueError(
-            f"fake_quantize: scale: expected positive finite values, got {scale.tolist()}"
-        )
+        raise ValueError(f"{op}: scale: expected positive finite values, got {scale.tolist()}")
     if not zero_point.is_floating_point() and not bool(
         ((zero_point >= quant_min) & (zero_point <= quant_max)).all()
     ):
         raise ValueError(
-            f"fake_quantize: zero_point: expected values in [quant_min, quant_max] = "
+            f"{op}: zero_point: expected values in [quant_min, quant_max] = "
             f"[{quant_min}, {quant_max}], got {zero_point.tolist()}"
         )
+
+
+def is_off(enabled: Tensor | None) -> bool:
+    """Whether a switch on the CPU is off."""
+    return enabled is not None and enabled.device.type == "cpu" and not bool(enabled)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -87,28 +130,28 @@ def _quantize(
     quant_min: int,
     quant_max: int,
     axis: int | None,
+    block_size: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """(dequantized values, whether each was inside the grid), shaped as x."""
-    shape = [1] * x.dim()
-    if axis is not None:
-        shape[axis] = scale.numel()
+    view, _, shape = split(x, axis, block_size)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale, zero = scale.reshape(shape), zero_point.reshape(shape).to(torch.float32)
-    scaled = x.to(compute) * (1.0 / scale).to(compute)
+    scaled = view.to(compute) * (1.0 / scale).to(compute)
     if zero_point.is_floating_point():
         q = torch.round(scaled + zero.to(compute))
     else:
         q = torch.round(scaled) + zero.to(compute)
     # torch rounds the product of a per-tensor scale to float32, that of a channel's scale not
-    if axis is not None:
+    per_tensor = axis is None and block_size is None
+    if not per_tensor:
         q, zero, scale = q.double(), zero_point.reshape(shape).double(), scale.double()
     inside = (q >= quant_min) & (q <= quant_max)
     # a NaN fails the first comparison and becomes quant_min
     q = torch.where(q > quant_min, q, float(quant_min))
     q = torch.where(q < quant_max, q, float(quant_max))
-    if axis is None:
+    if per_tensor:
         q = q.to(torch.float32)
-    return (q - zero) * scale, inside
+    return ((q - zero) * scale).reshape(x.shape), inside.reshape(x.shape)
 
 
 def _forward(
@@ -119,10 +162,13 @@ def _forward(
     quant_max: int,
     axis: int | None,
     enabled: Tensor | None,
+    block_size: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, scale, zero_point, quant_min, quant_max, axis, enabled)
-    _check_values(scale, zero_point, quant_min, quant_max, enabled)
-    y, inside = _quantize(x, scale, zero_point, quant_min, quant_max, axis)
+    _check(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
+    if x.numel() == 0:
+        return _empty_output(x), torch.empty_like(x, dtype=torch.bool)
+    check_values("fake_quantize", scale, zero_point, quant_min, quant_max, is_off(enabled))
+    y, inside = _quantize(x, scale, zero_point, quant_min, quant_max, axis, block_size)
     if enabled is not None:
         off = enabled.reshape(()) == 0
         y, inside = torch.where(off, x, y.to(x.dtype)), inside | off
@@ -137,8 +183,25 @@ def reference(
     quant_max: int,
     axis: int | None = None,
     enabled: Tensor | None = None,
+    block_size: Sequence[int] | None = None,
 ) -> Tensor:
-    return _forward(x, scale, zero_point, quant_min, quant_max, axis, enabled)[0]
+    return _forward(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)[0]
+
+
+def reference_out(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    out: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    enabled: Tensor | None = None,
+    block_size: Sequence[int] | None = None,
+) -> None:
+    options = quant_min, quant_max, axis, enabled, block_size
+    _check_out(x, scale, zero_point, out, *options)
+    out.copy_(_forward(x, scale, zero_point, *options)[0])
 
 
 def reference_mask(
@@ -149,8 +212,9 @@ def reference_mask(
     quant_max: int,
     axis: int | None = None,
     enabled: Tensor | None = None,
+    block_size: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    y, inside = _forward(x, scale, zero_point, quant_min, quant_max, axis, enabled)
+    y, inside = _forward(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
     bits = torch.zeros(_mask_bytes(x) * 8, dtype=torch.uint8, device=x.device)
     in_memory = torch.empty_like(y, dtype=torch.bool).copy_(inside)
     bits[: x.numel()] = in_memory.as_strided((x.numel(),), (1,))
@@ -181,11 +245,11 @@ def reference_backward(grad: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
-def _fake(x: Tensor, *args: Any) -> Tensor:
+def fake(x: Tensor, *args: Any) -> Tensor:
     return _empty_output(x)
 
 
-def _fake_mask(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def fake_mask(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _empty_output(x), x.new_empty(_mask_bytes(x), dtype=torch.uint8)
 
 
@@ -193,13 +257,19 @@ def _fake_backward(grad: Tensor, mask: Tensor) -> Tensor:
     return _empty_output(grad)
 
 
-_ARGS = (
-    "(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
-    "int? axis=None, Tensor? enabled=None)"
+_OPTIONS = (
+    "int quant_min, int quant_max, int? axis=None, Tensor? enabled=None, int[]? block_size=None"
 )
-_op = define(f"_fake_quantize{_ARGS} -> Tensor", _check, reference, _fake)
+_ARGS = f"(Tensor x, Tensor scale, Tensor zero_point, {_OPTIONS})"
+_op = define(f"_fake_quantize{_ARGS} -> Tensor", _check, reference, fake)
+_op_out = define(
+    f"_fake_quantize_out(Tensor x, Tensor scale, Tensor zero_point, Tensor(a!) out, {_OPTIONS})"
+    " -> ()",
+    _check_out,
+    reference_out,
+)
 _op_mask = define(
-    f"_fake_quantize_mask{_ARGS} -> (Tensor, Tensor)", _check, reference_mask, _fake_mask
+    f"_fake_quantize_mask{_ARGS} -> (Tensor, Tensor)", _check, reference_mask, fake_mask
 )
 _op_backward = define(
     "_fake_quantize_backward(Tensor grad, Tensor mask) -> Tensor",
@@ -209,14 +279,18 @@ _op_backward = define(
 )
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Straight-through: the gradient passes where the value was inside the grid."""
+class StraightThrough(torch.autograd.Function):
+    """The gradient passes where the value was inside the grid.
+
+    Applied to an op that gives the result and its mask, and to the arguments of the op.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        y, mask = _op_mask(x, *args)
+    def forward(ctx: Any, op: Any, x: Tensor, *args: Any) -> Tensor:
+        y, mask = op(x, *args)
         ctx.save_for_backward(mask)
         ctx.strides = y.stride()
+        ctx.nones = (None,) * len(args)
         return y
 
     @staticmethod
@@ -228,7 +302,12 @@ class _FakeQuantize(torch.autograd.Function):
             grad = torch.empty_strided(
                 grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device
             ).copy_(grad)
-        return _op_backward(grad, mask), None, None, None, None, None, None
+        return None, _op_backward(grad, mask), *ctx.nones
+
+
+def needs_gradient(x: Tensor) -> bool:
+    # in forward mode the function refuses, where the op would give a derivative of zero
+    return (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
 
 
 def fake_quantize(
@@ -239,6 +318,8 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
     enabled: Tensor | None = None,
+    block_size: Sequence[int] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Quantize to integers in [quant_min, quant_max] and back, with a straight-through gradient.
 
@@ -249,11 +330,15 @@ def fake_quantize(
 
     Args:
         x: any shape; float32, float64, float16 or bfloat16.
-        scale: float32, one element, or ``(x.shape[axis],)`` with ``axis``; positive and finite.
+        scale: float32, one element, ``(x.shape[axis],)`` with ``axis``, or the shape of x over
+            ``block_size`` with that; positive and finite.
         zero_point: int32 or int64 inside the grid, or float32 (added before rounding); as scale.
         quant_min, quant_max: the integer grid.
         axis: the channel axis, or None for one scale.
         enabled: one element (uint8, int64 or bool) read where the data is; 0 copies x.
+        block_size: sizes of a block, one for each dimension of ``x``, each a divisor of its size:
+            a scale for each block, as torchao's granularities have it.
+        out: where the result goes, laid out as it would be; may be ``x`` itself. Without gradient.
 
     Returns:
         A tensor of x's shape and dtype, with x's strides where x is dense, else contiguous.
@@ -266,16 +351,36 @@ def fake_quantize(
     Source: ``torch.fake_quantize_per_tensor_affine`` and ``..._per_channel_affine``, bit for bit,
     but for +inf, and values beyond 2^63 steps, per channel: torch gives the least value there.
     """
-    args = (scale, zero_point, quant_min, quant_max, axis, enabled)
     try:
-        # in forward mode the function refuses, where the op would give a derivative of zero
-        if (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0:
-            return _FakeQuantize.apply(x, *args)
-        return _op(x, *args)
-    except (RuntimeError, OverflowError, AttributeError):
-        _check(x, *args)
-        _check_values(scale, zero_point, quant_min, quant_max, enabled)
+        if out is not None:
+            return _fake_quantize_out(
+                x, scale, zero_point, out, quant_min, quant_max, axis, enabled, block_size
+            )
+        if needs_gradient(x):
+            return StraightThrough.apply(
+                _op_mask, x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size
+            )
+        if block_size is None:
+            return _op(x, scale, zero_point, quant_min, quant_max, axis, enabled)
+        return _op(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
+    except (RuntimeError, OverflowError, AttributeError, TypeError):
+        _check(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
+        check_values("fake_quantize", scale, zero_point, quant_min, quant_max, is_off(enabled))
         raise
+
+
+def _fake_quantize_out(
+    x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor, *options: Any
+) -> Tensor:
+    if needs_gradient(x) or (torch.is_grad_enabled() and out.requires_grad):
+        raise ValueError("fake_quantize: out: expected None where a gradient is needed")
+    try:
+        _op_out(x, scale, zero_point, out, *options)
+    except (RuntimeError, OverflowError, TypeError):
+        _check_out(x, scale, zero_point, out, *options)
+        raise
+    note_update(out)
+    return out
 
 
 define_composite(f"fake_quantize{_ARGS} -> Tensor", fake_quantize)

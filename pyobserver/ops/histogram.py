@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks
 from ._float32 import to_float32
-from ._library import define, note_update
+from ._library import define, eager_call, note_update, without_defaults
 from .minmax import finite_minmax
 
 COMBINES = ("midpoint", "aligned")
+MIDPOINT, ALIGNED = range(2)
+_COMBINE_CODES = {name: code for code, name in enumerate(COMBINES)}
 UPSAMPLE_RATE = {"midpoint": 16, "aligned": 128}
 # up to so many values the counts are computed in float32, for the very numbers of torch.ao
 _FLOAT32_COUNTS = 2**24
@@ -32,8 +36,7 @@ def _check_histogram(
     _checks.check_state(op, f"{prefix}max_val", max_val, (torch.float32,), 1)
 
 
-def check_combine(op: str, combine: str, upsample_rate: int) -> None:
-    _checks.check_choice(op, "combine", combine, COMBINES)
+def check_upsample_rate(op: str, upsample_rate: int) -> None:
     if not 1 <= upsample_rate <= 65536:
         raise ValueError(
             f"{op}: upsample_rate: expected a value in [1, 65536], got {upsample_rate}"
@@ -46,17 +49,18 @@ def _check(
     min_val: Tensor,
     max_val: Tensor,
     nonfinite_count: Tensor,
-    combine: str,
+    combine: int,
     upsample_rate: int,
-    nonfinite: str,
+    nonfinite: int,
     enabled: Tensor | None,
 ) -> None:
     op = "histogram"
     _checks.check_input(op, "x", x)
     _check_histogram(op, "", counts, min_val, max_val)
     _checks.check_state(op, "nonfinite_count", nonfinite_count, (torch.int64,), 1)
-    check_combine(op, combine, upsample_rate)
-    _checks.check_choice(op, "nonfinite", nonfinite, _checks.NONFINITE)
+    _checks.check_code(op, "combine", combine, COMBINES)
+    check_upsample_rate(op, upsample_rate)
+    _checks.check_code(op, "nonfinite", nonfinite, _checks.NONFINITE)
     _checks.check_enabled(op, enabled)
     others = {"counts": counts, "min_val": min_val, "max_val": max_val}
     _checks.check_same_device(
@@ -142,7 +146,7 @@ def _rebin(
     counts: Tensor,
     old: tuple[float, float],
     new: tuple[float, float],
-    combine: str,
+    combine: int,
     upsample_rate: int,
 ) -> tuple[Tensor, float]:
     """The counts over the range ``old`` carried to ``new``: (counts, final maximum)."""
@@ -151,7 +155,7 @@ def _rebin(
     if old[0] == old[1]:
         value = torch.tensor([old[0]], device=counts.device)
         return _bin(value, *new, counts.numel()) * counts.double().sum(), new[1]
-    if combine == "midpoint":
+    if combine == MIDPOINT:
         return _rebin_midpoint(counts, *old, *new, upsample_rate), new[1]
     return _rebin_aligned(counts, *old, *new, upsample_rate)
 
@@ -167,9 +171,9 @@ def reference(
     min_val: Tensor,
     max_val: Tensor,
     nonfinite_count: Tensor,
-    combine: str = "midpoint",
+    combine: int = MIDPOINT,
     upsample_rate: int = 16,
-    nonfinite: str = "ignore",
+    nonfinite: int = _checks.IGNORE,
     enabled: Tensor | None = None,
 ) -> None:
     _check(x, counts, min_val, max_val, nonfinite_count, combine, upsample_rate, nonfinite, enabled)
@@ -199,11 +203,20 @@ def reference(
 
 _op = define(
     "histogram(Tensor x, Tensor(a!) counts, Tensor(b!) min_val, Tensor(c!) max_val, "
-    "Tensor(d!) nonfinite_count, str combine='midpoint', int upsample_rate=16, "
-    "str nonfinite='ignore', Tensor? enabled=None) -> ()",
+    "Tensor(d!) nonfinite_count, int combine=0, int upsample_rate=16, int nonfinite=0, "
+    "Tensor? enabled=None) -> ()",
     _check,
     reference,
 )
+
+
+_eager = eager_call(_op)
+
+
+@cache
+def _options(combine: str, upsample_rate: int, nonfinite: str) -> Any:
+    given = _COMBINE_CODES[combine], upsample_rate, _checks.NONFINITE_CODES[nonfinite]
+    return without_defaults(given, (MIDPOINT, 16, _checks.IGNORE))
 
 
 def histogram(
@@ -232,7 +245,8 @@ def histogram(
         combine: how counts are carried to a wider range. ``"midpoint"`` (torch 2.13): each bin is
             cut into ``upsample_rate`` equal parts, and each part goes where its midpoint falls.
             ``"aligned"`` (torch up to 2.3): old and new bins lie on one grid of such parts, the
-            maximum is relaxed to it, and a bin takes whole parts; in O(bins) here.
+            maximum is relaxed to it, and a bin takes whole parts; in O(bins) here. The op has
+            them as 0 and 1.
         upsample_rate: parts of a bin, in [1, 65536]; None: 16 for midpoint, 128 for aligned.
         nonfinite: as for :func:`minmax`; with ``"propagate"`` a range that is no longer finite
             keeps its counts as they were.
@@ -245,17 +259,25 @@ def histogram(
     """
     if upsample_rate is None:
         upsample_rate = UPSAMPLE_RATE.get(combine, 16)
-    args = (
-        x, counts, min_val, max_val, nonfinite_count,
-        combine, upsample_rate, nonfinite, enabled,
-    )  # fmt: skip
     try:
-        _op(*args)
+        if torch.compiler.is_compiling() or enabled is not None:
+            _op(
+                x, counts, min_val, max_val, nonfinite_count, _COMBINE_CODES[combine],
+                upsample_rate, _checks.NONFINITE_CODES[nonfinite], enabled,
+            )  # fmt: skip
+        else:
+            options = _options(combine, upsample_rate, nonfinite)
+            _eager(x, counts, min_val, max_val, nonfinite_count, *options)
         note_update(counts, min_val, max_val, nonfinite_count)
-    except (RuntimeError, OverflowError):
-        _check(*args)
-        if nonfinite == "raise":
-            finite_minmax(x.detach().float(), None, nonfinite, "histogram")
+    except (RuntimeError, OverflowError, KeyError, TypeError):
+        op = "histogram"
+        code = _checks.code_of(op, "nonfinite", nonfinite, _checks.NONFINITE)
+        _check(
+            x, counts, min_val, max_val, nonfinite_count,
+            _checks.code_of(op, "combine", combine, COMBINES), upsample_rate, code, enabled,
+        )  # fmt: skip
+        if code == _checks.RAISE:
+            finite_minmax(x.detach().float(), None, code, op)
         raise
 
 
@@ -266,7 +288,7 @@ def _check_histogram_combine(
     other_counts: Tensor,
     other_min_val: Tensor,
     other_max_val: Tensor,
-    combine: str,
+    combine: int,
     upsample_rate: int,
 ) -> None:
     op = "histogram_combine"
@@ -280,7 +302,8 @@ def _check_histogram_combine(
     _checks.check_same_device(
         op, counts, {**others, "other_min_val": other_min_val, "other_max_val": other_max_val}
     )
-    check_combine(op, combine, upsample_rate)
+    _checks.check_code(op, "combine", combine, COMBINES)
+    check_upsample_rate(op, upsample_rate)
 
 
 def reference_combine(
@@ -290,7 +313,7 @@ def reference_combine(
     other_counts: Tensor,
     other_min_val: Tensor,
     other_max_val: Tensor,
-    combine: str = "midpoint",
+    combine: int = MIDPOINT,
     upsample_rate: int = 16,
 ) -> None:
     _check_histogram_combine(
@@ -314,7 +337,7 @@ def reference_combine(
         carried, high = _rebin(working, old, new, combine, upsample_rate)
     # the first has settled the range; the other follows by its midpoints
     added = other_counts.to(working.dtype)
-    added, _ = _rebin(added, other, (new[0], high), "midpoint", upsample_rate)
+    added, _ = _rebin(added, other, (new[0], high), MIDPOINT, upsample_rate)
     counts.copy_((carried + added).to(working.dtype))
     min_val.fill_(new[0])
     max_val.fill_(high)
@@ -323,7 +346,7 @@ def reference_combine(
 _op_combine = define(
     "histogram_combine(Tensor(a!) counts, Tensor(b!) min_val, Tensor(c!) max_val, "
     "Tensor other_counts, Tensor other_min_val, Tensor other_max_val, "
-    "str combine='midpoint', int upsample_rate=16) -> ()",
+    "int combine=0, int upsample_rate=16) -> ()",
     _check_histogram_combine,
     reference_combine,
 )
@@ -355,13 +378,11 @@ def histogram_combine(
     """
     if upsample_rate is None:
         upsample_rate = UPSAMPLE_RATE.get(combine, 16)
-    args = (
-        counts, min_val, max_val, other_counts, other_min_val, other_max_val,
-        combine, upsample_rate,
-    )  # fmt: skip
+    histograms = counts, min_val, max_val, other_counts, other_min_val, other_max_val
     try:
-        _op_combine(*args)
+        _op_combine(*histograms, _COMBINE_CODES[combine], upsample_rate)
         note_update(counts, min_val, max_val)
-    except (RuntimeError, OverflowError):
-        _check_histogram_combine(*args)
+    except (RuntimeError, OverflowError, KeyError, TypeError):
+        code = _checks.code_of("histogram_combine", "combine", combine, COMBINES)
+        _check_histogram_combine(*histograms, code, upsample_rate)
         raise

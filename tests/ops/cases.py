@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import coded
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -175,7 +176,9 @@ def threads(count: int) -> Iterator[None]:
 
 def opcheck(name: str, *args: Any, **kwargs: Any) -> None:
     """All the checks of ``torch.library.opcheck``, none of them skipped."""
-    results = torch.library.opcheck(getattr(torch.ops.pyobserver, name).default, args, kwargs)
+    op = getattr(torch.ops.pyobserver, name).default
+    kwargs = {key: coded(arg) for key, arg in kwargs.items()}
+    results = torch.library.opcheck(op, tuple(map(coded, args)), kwargs)
     assert len(results) == 4
     assert set(results.values()) == {"SUCCESS"}
 

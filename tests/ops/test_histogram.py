@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver
 
 from pyobserver import ops
-from pyobserver.ops.histogram import reference, reference_combine
 
 from .cases import (
     DTYPES,
@@ -34,6 +33,9 @@ from .cases import (
     unchanged,
     value_lists,
 )
+
+reference = Backend("reference").op("histogram")
+reference_combine = Backend("reference").op("histogram_combine")
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 STREAMS = streams()

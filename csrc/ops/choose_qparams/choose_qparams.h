@@ -17,6 +17,7 @@
 
 namespace pyobserver {
 
+// As the op numbers them.
 enum class Mapping { affine, symmetric, affine_float, fused_affine, fused_symmetric };
 
 struct QParams {

@@ -102,22 +102,22 @@ Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, const Tensor&
   const DType dtype = input_dtype(kFakeQuantize, "x", x);
   const int64_t channel_axis = axis.has_value() ? check_axis(kFakeQuantize, x, *axis) : -1;
   check_grid_params(kFakeQuantize, x, scale, zero_point, quant_min, quant_max, channel_axis);
-  check_switch(kFakeQuantize, enabled, x);
+  check_switch(kFakeQuantize, "enabled", enabled, x);
   Tensor y = empty_output(x);
   const int64_t n = x.numel();
   if (n == 0) {
     return y;
   }
   const DenseInput input(x, channel_axis);
-  const ScalarType zero_dtype = zero_point.scalar_type();
+  const ScalarType zero_dtype = dtype_of(zero_point);
   const DeviceParams params = {
-      scale.const_data_ptr<float>(),
+      const_data<float>(scale),
       zero_point.const_data_ptr(),
       zero_dtype,
       input.channels,
       input.inner,
       enabled.has_value() ? enabled->const_data_ptr() : nullptr,
-      enabled.has_value() && enabled->scalar_type() == ScalarType::Long,
+      enabled.has_value() && dtype_of(*enabled) == ScalarType::Long,
   };
   const QuantGrid grid =
       quant_grid(dtype, quant_min, quant_max, channel_axis >= 0, zero_dtype == ScalarType::Float);
@@ -144,7 +144,7 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
   }
   const CudaLaunch launch(grad, n, kThreads);
   void* to = out.mutable_data_ptr();
-  const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+  const uint8_t* bits = const_data<uint8_t>(mask);
   dispatch(dtype, grad.const_data_ptr(), [&](const auto* from) {
     using T = typename Pointee<decltype(from)>::type;
     backward_kernel<T>

@@ -66,20 +66,33 @@ PYOBS_HD void store(double value, T* out) {
   from_float(static_cast<float>(value), out);
 }
 
-// The scales of a tensor: `channels` of them; in memory order element i has
-// (i / inner) % channels.
+enum class ZeroPointType { int32, int64, float32 };
+
+PYOBS_HD double read_zero_point(const void* zero_point, ZeroPointType type, int64_t channel) {
+  switch (type) {
+    case ZeroPointType::float32:
+      return static_cast<const float*>(zero_point)[channel];
+    case ZeroPointType::int32:
+      return static_cast<const int32_t*>(zero_point)[channel];
+    default:
+      return static_cast<double>(static_cast<const int64_t*>(zero_point)[channel]);
+  }
+}
+
+// Element i of a piece has the scale and zero point base + (i / inner) % channels.
 struct ChannelParams {
   const float* scale;
-  const float* inverse_scale;
-  const double* zero_point;
-  int64_t channels, inner;
+  const void* zero_point;
+  ZeroPointType type;
+  int64_t base, channels, inner;
 };
 
 struct FakeQuantizeTable {
-  // Elements [begin, end) of memory order; begin is a multiple of 8 where there is a mask.
-  // mask: may be null, one bit an element.
-  void (*forward)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
-                  const ChannelParams& params, const QuantGrid& grid);
+  // n elements, the first of which is `offset` of its piece. y may be x.
+  // mask: may be null; bit `first` and those after it, of which a byte begun before is kept.
+  void (*forward)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t first, int64_t n,
+                  int64_t offset, const ChannelParams& params, const QuantGrid& grid);
+  // begin is a multiple of 8.
   void (*backward)(DType dtype, const void* grad, const uint8_t* mask, void* out, int64_t begin,
                    int64_t end);
 };

@@ -1,11 +1,12 @@
-// Checks and allocations that the CPU and the CUDA glue of fake_quantize share.
+// What the glue of every op that ends in a fake-quantize shares, on the CPU and on CUDA.
 #pragma once
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../../core/check.h"
-#include "../../core/dense.h"
+#include "../../core/layout.h"
 #include "fake_quantize.h"
 
 namespace pyobserver {
@@ -15,30 +16,55 @@ constexpr const char* kFakeQuantizeBackward = "fake_quantize_backward";
 
 inline void check_grid_params(const char* op, const Tensor& x, const Tensor& scale,
                               const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-                              int64_t axis) {
+                              const Grouping& grouping) {
   check_state(op, "scale", scale, x, ScalarType::Float);
-  const ScalarType zero_dtype = zero_point.scalar_type();
+  const ScalarType zero_dtype = dtype_of(zero_point);
   check(zero_dtype == ScalarType::Float || zero_dtype == ScalarType::Int ||
             zero_dtype == ScalarType::Long,
         op, ": zero_point: expected int32, int64 or float32, got ",
         torch::headeronly::toString(zero_dtype));
   check_state(op, "zero_point", zero_point, x, zero_dtype);
   check_quant_range(op, quant_min, quant_max);
-  if (axis >= 0) {
-    check_channels(op, "scale", scale, x.size(axis));
-    check_channels(op, "zero_point", zero_point, x.size(axis));
-  } else {
-    check_numel(op, "scale", scale, 1);
-    check_numel(op, "zero_point", zero_point, 1);
+  if (x.numel() > 0) {
+    check_groups(op, "scale", scale, x, grouping);
+    check_groups(op, "zero_point", zero_point, x, grouping);
   }
 }
 
-inline QuantGrid quant_grid(DType dtype, int64_t quant_min, int64_t quant_max, bool per_channel,
+inline ZeroPointType zero_point_type(const Tensor& zero_point) {
+  switch (dtype_of(zero_point)) {
+    case ScalarType::Float:
+      return ZeroPointType::float32;
+    case ScalarType::Int:
+      return ZeroPointType::int32;
+    default:
+      return ZeroPointType::int64;
+  }
+}
+
+// For the CPU alone: elsewhere it would be a device sync.
+inline void check_grid_values(const char* op, const float* scales, const void* zero_points,
+                              ZeroPointType type, int64_t count, int64_t quant_min,
+                              int64_t quant_max) {
+  for (int64_t i = 0; i < count; ++i) {
+    check(scales[i] > 0.0f && is_finite(scales[i]), op,
+          ": scale: expected positive finite values, got ", scales[i]);
+  }
+  for (int64_t i = 0; i < count && type != ZeroPointType::float32; ++i) {
+    const double zero_point = read_zero_point(zero_points, type, i);
+    check(zero_point >= static_cast<double>(quant_min) &&
+              zero_point <= static_cast<double>(quant_max),
+          op, ": zero_point: expected values in [quant_min, quant_max] = [", quant_min, ", ",
+          quant_max, "], got ", zero_point);
+  }
+}
+
+inline QuantGrid quant_grid(DType dtype, int64_t quant_min, int64_t quant_max, bool per_group,
                             bool float_zero_point) {
   constexpr int64_t kExact = 1 << 22;  // a difference of two such integers is exact in float32
   const bool narrow = quant_min >= -kExact && quant_max <= kExact;
   return {static_cast<double>(quant_min), static_cast<double>(quant_max), float_zero_point,
-          per_channel && (dtype == DType::float64 || float_zero_point || !narrow)};
+          per_group && (dtype == DType::float64 || float_zero_point || !narrow)};
 }
 
 // One bit for each element of x.
@@ -48,31 +74,63 @@ inline Tensor empty_mask(const Tensor& x) {
   return empty_strided(x, {&bytes, 1}, {&stride, 1}, aoti_torch_dtype_uint8());
 }
 
-// The forward, into mask too where that is not null. Each of the two libraries has its own.
-Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
-                             int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
-                             const std::optional<Tensor>& enabled, uint8_t* mask);
+// An output that the caller gives: x itself, or a tensor laid out as the op would make it.
+inline void check_out(const char* op, const Tensor& x, const Tensor& out, bool dense) {
+  const bool alike = dtype_of(out) == dtype_of(x) && out.is_cpu() == x.is_cpu() &&
+                     out.get_device_index() == x.get_device_index() && out.sizes() == x.sizes() &&
+                     (dense ? out.strides() == x.strides() : out.is_contiguous());
+  check(alike, op,
+        ": out: expected x's shape, dtype and device, and its strides (contiguous where "
+        "x is not dense)");
+}
+
+// What a forward is asked for. mask may be null; so may out, and the result is then a new tensor.
+struct FakeQuantizeArgs {
+  const Tensor &x, &scale, &zero_point;
+  int64_t quant_min, quant_max;
+  const Grouping& grouping;
+  const std::optional<Tensor>& enabled;
+  const Tensor* out;
+  uint8_t* mask;
+};
+
+// Each of the two libraries has its own.
+Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args);
 
 inline Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                             int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
-                            std::optional<Tensor> enabled) {
-  return fake_quantize_forward(x, scale, zero_point, quant_min, quant_max, axis, enabled, nullptr);
+                            std::optional<Tensor> enabled,
+                            std::optional<std::vector<int64_t>> block_size) {
+  const Grouping grouping = parse_grouping(kFakeQuantize, x, axis, block_size);
+  return fake_quantize_forward(kFakeQuantize, {x, scale, zero_point, quant_min, quant_max, grouping,
+                                               enabled, nullptr, nullptr});
 }
 
-inline std::tuple<Tensor, Tensor> fake_quantize_mask(const Tensor& x, const Tensor& scale,
-                                                     const Tensor& zero_point, int64_t quant_min,
-                                                     int64_t quant_max, std::optional<int64_t> axis,
-                                                     std::optional<Tensor> enabled) {
+inline void fake_quantize_out(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                              const Tensor& out, int64_t quant_min, int64_t quant_max,
+                              std::optional<int64_t> axis, std::optional<Tensor> enabled,
+                              std::optional<std::vector<int64_t>> block_size) {
+  const Grouping grouping = parse_grouping(kFakeQuantize, x, axis, block_size);
+  fake_quantize_forward(kFakeQuantize, {x, scale, zero_point, quant_min, quant_max, grouping,
+                                        enabled, &out, nullptr});
+}
+
+inline std::tuple<Tensor, Tensor> fake_quantize_mask(
+    const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+    int64_t quant_max, std::optional<int64_t> axis, std::optional<Tensor> enabled,
+    std::optional<std::vector<int64_t>> block_size) {
+  const Grouping grouping = parse_grouping(kFakeQuantize, x, axis, block_size);
   Tensor mask = empty_mask(x);
-  Tensor y = fake_quantize_forward(x, scale, zero_point, quant_min, quant_max, axis, enabled,
-                                   mask.mutable_data_ptr<uint8_t>());
+  Tensor y =
+      fake_quantize_forward(kFakeQuantize, {x, scale, zero_point, quant_min, quant_max, grouping,
+                                            enabled, nullptr, mutable_data<uint8_t>(mask)});
   return {y, mask};
 }
 
 inline void check_backward(const char* op, const Tensor& grad, const Tensor& mask) {
   check_state(op, "mask", mask, grad, ScalarType::Byte);
   check_numel(op, "mask", mask, (grad.numel() + 7) / 8);
-  check(grad.numel() == 0 || is_dense(grad), op,
+  check(grad.numel() == 0 || Layout::of_output(grad, {}).dense, op,
         ": grad: expected a dense tensor, laid out as the forward's output");
 }
 

@@ -1,11 +1,16 @@
 // CPU body of fake_quantize, compiled once per instruction set.
 #include "fake_quantize.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace pyobserver::PYOBS_ISA {
 namespace {
 
-constexpr int kBlock = 512;   // elements whose inside flags are gathered before they are packed
-constexpr int64_t kRun = 32;  // shorter runs of one channel are expanded to a scale an element
+constexpr int64_t kBlock = 512;  // elements whose inside flags are gathered before they are packed
+constexpr int64_t kRun = 32;     // shorter runs of one channel are expanded to a scale an element
+constexpr int64_t kExpanded = 2048;
 
 template <class T, bool wide>
 PYOBS_HD bool quantize_value(T x, T* y, float scale, float inverse_scale, double zero_point,
@@ -21,113 +26,235 @@ PYOBS_HD bool quantize_value(T x, T* y, float scale, float inverse_scale, double
   return inside;
 }
 
-template <class T, bool wide>
-void quantize_run(const T* __restrict x, T* __restrict y, uint8_t* __restrict inside, int64_t n,
-                  float scale, float inverse_scale, double zero_point, const QuantGrid& shared) {
+// Elements of one channel. y may be x: no element waits for another.
+template <class T, bool wide, bool masked, bool float_zero_point>
+PYOBS_HD void quantize_elements(const T* x, T* y, uint8_t* inside, int64_t n, float scale,
+                                double zero_point, const QuantGrid& shared) {
   const QuantGrid grid = shared;  // a copy, which the stores below cannot change
-  if (grid.float_zero_point) {
-    for (int64_t i = 0; i < n; ++i) {
-      inside[i] =
-          quantize_value<T, wide>(x[i], &y[i], scale, inverse_scale, zero_point, grid, true);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      inside[i] =
-          quantize_value<T, wide>(x[i], &y[i], scale, inverse_scale, zero_point, grid, false);
+  const float inverse_scale = 1.0f / scale;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const bool in = quantize_value<T, wide>(x[i], &y[i], scale, inverse_scale, zero_point, grid,
+                                            float_zero_point);
+    if (masked) {
+      inside[i] = in;
     }
   }
 }
 
-template <class T, bool wide>
-void quantize_block(const T* __restrict x, T* __restrict y, uint8_t* __restrict inside,
-                    int64_t begin, int n, const ChannelParams& params, const QuantGrid& shared) {
+// Runs of channels, from element `position` of the period on.
+template <class T, bool wide, bool masked>
+void quantize_runs(const T* x, T* y, uint8_t* inside, int64_t n, int64_t position,
+                   const ChannelParams& params, const QuantGrid& grid) {
+  int64_t channel = position / params.inner;
+  int64_t left = params.inner - position % params.inner;
+  for (int64_t i = 0; i < n;) {
+    const int64_t count = left < n - i ? left : n - i;
+    const int64_t at = params.base + channel;
+    const double zero_point = read_zero_point(params.zero_point, params.type, at);
+    if (grid.float_zero_point) {
+      quantize_elements<T, wide, masked, true>(x + i, y + i, inside + i, count, params.scale[at],
+                                               zero_point, grid);
+    } else {
+      quantize_elements<T, wide, masked, false>(x + i, y + i, inside + i, count, params.scale[at],
+                                                zero_point, grid);
+    }
+    i += count;
+    left = params.inner;
+    channel = channel + 1 == params.channels ? 0 : channel + 1;
+  }
+}
+
+template <class Zero>
+struct Expanded {
+  float scale[kExpanded], inverse_scale[kExpanded];
+  Zero zero_point[kExpanded];
+};
+
+template <class Zero, class Saved>
+PYOBS_HD void expand_as(const ChannelParams& params, const Saved* zero_points, int64_t position,
+                        int64_t n, Expanded<Zero>* out) {
+  int64_t channel = position / params.inner;
+  int64_t left = params.inner - position % params.inner;
+  for (int64_t i = 0; i < n;) {
+    const int64_t at = params.base + channel;
+    int64_t count = n - i;
+    if (params.inner == 1) {
+      const int64_t channels = params.channels - channel;
+      count = channels < count ? channels : count;
+      for (int64_t j = 0; j < count; ++j) {
+        out->scale[i + j] = params.scale[at + j];
+        out->zero_point[i + j] = static_cast<Zero>(zero_points[at + j]);
+      }
+      channel += count;
+    } else {
+      count = left < count ? left : count;
+      for (int64_t j = 0; j < count; ++j) {
+        out->scale[i + j] = params.scale[at];
+        out->zero_point[i + j] = static_cast<Zero>(zero_points[at]);
+      }
+      left = params.inner;
+      ++channel;
+    }
+    i += count;
+    channel = channel == params.channels ? 0 : channel;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    out->inverse_scale[i] = 1.0f / out->scale[i];
+  }
+}
+
+// A scale and a zero point for each of n elements, from element `position` of the period on.
+template <class Zero>
+void expand(const ChannelParams& params, int64_t position, int64_t n, Expanded<Zero>* out) {
+  switch (params.type) {
+    case ZeroPointType::float32:
+      expand_as(params, static_cast<const float*>(params.zero_point), position, n, out);
+      break;
+    case ZeroPointType::int32:
+      expand_as(params, static_cast<const int32_t*>(params.zero_point), position, n, out);
+      break;
+    default:
+      expand_as(params, static_cast<const int64_t*>(params.zero_point), position, n, out);
+  }
+}
+
+template <class T, bool wide, bool masked, class Zero>
+void quantize_expanded(const T* x, T* y, uint8_t* inside, int64_t n, const Expanded<Zero>& params,
+                       int64_t from, const QuantGrid& shared) {
   const QuantGrid grid = shared;
-  int64_t channel = begin / params.inner % params.channels;
-  int64_t within = begin % params.inner;
-  if (params.inner >= kRun) {
-    for (int i = 0; i < n;) {
-      const int64_t left = params.inner - within;
-      const int run = left < n - i ? static_cast<int>(left) : n - i;
-      quantize_run<T, wide>(x + i, y + i, inside + i, run, params.scale[channel],
-                            params.inverse_scale[channel], params.zero_point[channel], grid);
-      i += run;
-      within = 0;
-      channel = channel + 1 == params.channels ? 0 : channel + 1;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = from + i;
+    const bool in = quantize_value<T, wide>(x[i], &y[i], params.scale[at], params.inverse_scale[at],
+                                            static_cast<double>(params.zero_point[at]), grid,
+                                            grid.float_zero_point);
+    if (masked) {
+      inside[i] = in;
+    }
+  }
+}
+
+// Packs n flags of 0 or 1 to bits from bit `bit` of a byte on; n ends at a byte's end, or is less.
+PYOBS_HD void pack_bits(uint8_t* flags, int64_t n, int bit, uint8_t* bytes) {
+  if (bit != 0) {
+    for (int64_t i = 0; i < n; ++i) {
+      bytes[0] = static_cast<uint8_t>(bytes[0] | flags[i] << (bit + i));
     }
     return;
   }
-  float scale[kBlock], inverse_scale[kBlock];
-  double zero_point[kBlock];
-  for (int i = 0; i < n; ++i) {
-    scale[i] = params.scale[channel];
-    inverse_scale[i] = params.inverse_scale[channel];
-    zero_point[i] = params.zero_point[channel];
-    if (++within == params.inner) {
-      within = 0;
-      channel = channel + 1 == params.channels ? 0 : channel + 1;
-    }
+  int64_t i = 0;
+#if defined(__SSE2__)
+  for (; i + 16 <= n; i += 16) {
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(flags + i));
+    const auto bits = static_cast<uint16_t>(_mm_movemask_epi8(_mm_slli_epi16(values, 7)));
+    __builtin_memcpy(bytes + i / 8, &bits, sizeof(bits));
   }
-  for (int i = 0; i < n; ++i) {
-    inside[i] = quantize_value<T, wide>(x[i], &y[i], scale[i], inverse_scale[i], zero_point[i],
-                                        grid, grid.float_zero_point);
+#endif
+  for (; i < n; i += 8) {
+    uint32_t byte = 0;
+    for (int64_t j = i; j < n && j < i + 8; ++j) {
+      byte |= static_cast<uint32_t>(flags[j]) << (j - i);
+    }
+    bytes[i / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
+// Calls quantize(begin, count, inside) for blocks of [0, n), and packs their flags.
+template <class Quantize>
+PYOBS_HD void for_each_block(int64_t n, int64_t first, uint8_t* mask, const Quantize& quantize) {
+  uint8_t inside[kBlock];
+  for (int64_t begin = 0; begin < n;) {
+    const int bit = static_cast<int>((first + begin) % 8);
+    const int64_t most = bit == 0 ? kBlock : 8 - bit;  // until a byte is full
+    const int64_t count = most < n - begin ? most : n - begin;
+    quantize(begin, count, inside);
+    if (mask != nullptr) {
+      pack_bits(inside, count, bit, mask + (first + begin) / 8);
+    }
+    begin += count;
   }
 }
 
 template <class T, bool wide>
-void forward(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end,
-             const ChannelParams& params, const QuantGrid& grid) {
-  uint8_t inside[kBlock];
-  for (int64_t start = begin; start < end; start += kBlock) {
-    const int n = end - start < kBlock ? static_cast<int>(end - start) : kBlock;
-    if (params.channels == 1) {
-      quantize_run<T, wide>(x + start, y + start, inside, n, params.scale[0],
-                            params.inverse_scale[0], params.zero_point[0], grid);
-    } else {
-      quantize_block<T, wide>(x + start, y + start, inside, start, n, params, grid);
-    }
-    if (mask != nullptr) {
-      for (int i = n; i % 8 != 0; ++i) {
-        inside[i] = 0;
-      }
-      for (int i = 0; i < n; i += 8) {
-        uint32_t byte = 0;
-        for (int bit = 0; bit < 8; ++bit) {
-          byte |= static_cast<uint32_t>(inside[i + bit]) << bit;
-        }
-        mask[(start + i) / 8] = static_cast<uint8_t>(byte);
-      }
-    }
+void forward_runs(const T* x, T* y, uint8_t* mask, int64_t first, int64_t n, int64_t offset,
+                  const ChannelParams& params, const QuantGrid& grid) {
+  const int64_t period = params.channels * params.inner;
+  if (mask == nullptr) {
+    quantize_runs<T, wide, false>(x, y, nullptr, n, offset % period, params, grid);
+    return;
   }
+  for_each_block(n, first, mask, [&](int64_t begin, int64_t count, uint8_t* inside) {
+    quantize_runs<T, wide, true>(x + begin, y + begin, inside, count, (offset + begin) % period,
+                                 params, grid);
+  });
+}
+
+template <class T, bool wide, class Zero>
+void forward_expanded(const T* x, T* y, uint8_t* mask, int64_t first, int64_t n, int64_t offset,
+                      const ChannelParams& params, const QuantGrid& grid) {
+  Expanded<Zero> expanded;
+  const int64_t period = params.channels * params.inner;
+  const bool once = period + kBlock <= kExpanded;  // a block from anywhere in the period
+  if (once) {
+    const int64_t needed = n < period ? n : period;
+    expand(params, offset % period, needed + (n < kBlock ? n : kBlock), &expanded);
+  }
+  for_each_block(n, first, mask, [&](int64_t begin, int64_t count, uint8_t* inside) {
+    if (!once) {
+      expand(params, (offset + begin) % period, count, &expanded);
+    }
+    const int64_t from = once ? begin % period : 0;
+    if (mask != nullptr) {
+      quantize_expanded<T, wide, true>(x + begin, y + begin, inside, count, expanded, from, grid);
+    } else {
+      quantize_expanded<T, wide, false>(x + begin, y + begin, inside, count, expanded, from, grid);
+    }
+  });
+}
+
+template <class T, bool wide>
+void forward(const T* x, T* y, uint8_t* mask, int64_t first, int64_t n, int64_t offset,
+             const ChannelParams& params, const QuantGrid& grid) {
+  if (params.channels == 1 || params.inner >= kRun) {
+    forward_runs<T, wide>(x, y, mask, first, n, offset, params, grid);
+  } else if (wide) {
+    forward_expanded<T, wide, double>(x, y, mask, first, n, offset, params, grid);
+  } else {
+    forward_expanded<T, wide, float>(x, y, mask, first, n, offset, params, grid);
+  }
+}
+
+void forward_any(DType dtype, const void* x, void* y, uint8_t* mask, int64_t first, int64_t n,
+                 int64_t offset, const ChannelParams& params, const QuantGrid& grid) {
+  dispatch(dtype, x, [&](const auto* typed) {
+    using T = typename Pointee<decltype(typed)>::type;
+    if (grid.wide) {
+      forward<T, true>(typed, static_cast<T*>(y), mask, first, n, offset, params, grid);
+    } else {
+      forward<T, false>(typed, static_cast<T*>(y), mask, first, n, offset, params, grid);
+    }
+  });
 }
 
 template <class T>
 void backward(const T* __restrict grad, const uint8_t* __restrict mask, T* __restrict out,
               int64_t begin, int64_t end) {
+  constexpr int kLanes = 32;
+  // a product, as in torch: a clipped NaN stays NaN, a clipped -1 is -0
   int64_t i = begin;
-  for (; i + 8 <= end; i += 8) {
-    const uint32_t byte = mask[i / 8];
-    for (int bit = 0; bit < 8; ++bit) {
-      // a product, as in torch: a clipped NaN stays NaN, a clipped -1 is -0
-      store(static_cast<double>(widen(grad[i + bit]) * static_cast<float>((byte >> bit) & 1u)),
-            &out[i + bit]);
+  for (; i + kLanes <= end; i += kLanes) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, mask + i / 8, sizeof(bits));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float kept = (bits & (1u << lane)) != 0 ? 1.0f : 0.0f;
+      store(static_cast<double>(widen(grad[i + lane]) * kept), &out[i + lane]);
     }
   }
   for (; i < end; ++i) {
-    store(static_cast<double>(widen(grad[i]) * static_cast<float>((mask[i / 8] >> (i % 8)) & 1)),
-          &out[i]);
+    const float kept = (mask[i / 8] >> (i % 8)) & 1 ? 1.0f : 0.0f;
+    store(static_cast<double>(widen(grad[i]) * kept), &out[i]);
   }
-}
-
-void forward_any(DType dtype, const void* x, void* y, uint8_t* mask, int64_t begin, int64_t end,
-                 const ChannelParams& params, const QuantGrid& grid) {
-  dispatch(dtype, x, [&](const auto* typed) {
-    using T = typename Pointee<decltype(typed)>::type;
-    if (grid.wide) {
-      forward<T, true>(typed, static_cast<T*>(y), mask, begin, end, params, grid);
-    } else {
-      forward<T, false>(typed, static_cast<T*>(y), mask, begin, end, params, grid);
-    }
-  });
 }
 
 void backward_any(DType dtype, const void* grad, const uint8_t* mask, void* out, int64_t begin,

@@ -10,7 +10,7 @@
 
 namespace pyobserver {
 
-enum class Combine { midpoint, aligned };
+enum class Combine { midpoint, aligned };  // as the op numbers them
 
 struct BinGrid {
   float left, width;
@@ -114,8 +114,16 @@ PYOBS_HD double aligned_cumulative(const double* counts, const double* before, i
 }
 
 struct HistogramTable {
-  // Adds the bins of n values to counts[0..bins]; what is not finite goes to counts[bins].
-  void (*bin)(DType dtype, const void* x, int64_t n, const BinGrid& grid, int64_t* counts);
+  // Adds the bins of n values to counts[0..bins), and to counts[bins] how many are not finite.
+  // Where spread is not 0, every other value is counted `spread` further. False as soon as a
+  // finite value lies outside the range; the counts are then of no use.
+  bool (*bin)(DType dtype, const void* x, int64_t n, const BinGrid& grid, float low, float high,
+              int64_t spread, uint32_t* counts);
+  // counts[i] = carried[i] + repeat * (the sum of column i of added[rows][stride]), each sum
+  // rounded to float32 if narrow. carried: may be counts; null is zeros.
+  void (*add)(double* counts, const double* carried, const uint32_t* added, int64_t rows,
+              int64_t stride, int32_t bins, double repeat, bool narrow);
+  double (*sum)(const double* counts, int32_t bins);
 };
 
 PYOBS_KERNEL_TABLE(HistogramTable, histogram_table)

@@ -14,7 +14,7 @@
 
 namespace pyobserver {
 
-enum class MinmaxUpdate { running, moving_average, memoryless };
+enum class MinmaxUpdate { running, moving_average, memoryless };  // as the op numbers them
 
 struct Range {
   float low;
@@ -67,12 +67,10 @@ PYOBS_HD Range fold(Range state, Range current, MinmaxUpdate update, float avera
 }
 
 struct MinmaxTable {
-  // Merges n values into *range; returns how many were NaN or infinite.
-  int64_t (*tensor)(DType dtype, const void* x, int64_t n, bool finite_only, Range* range);
-  // The same for x of [outer][channels][inner] and the channels [first, last), into lows[c] and
-  // highs[c].
-  int64_t (*channels)(DType dtype, const void* x, int64_t outer, int64_t channels, int64_t inner,
-                      int64_t first, int64_t last, bool finite_only, float* lows, float* highs);
+  // Merges n values into lows and highs; returns how many were NaN or infinite. The first is
+  // element `offset` of a piece, of which element i belongs to the channel (i / inner) % channels.
+  int64_t (*groups)(DType dtype, const void* x, int64_t n, int64_t offset, int64_t channels,
+                    int64_t inner, bool finite_only, float* lows, float* highs);
 };
 
 PYOBS_KERNEL_TABLE(MinmaxTable, minmax_table)

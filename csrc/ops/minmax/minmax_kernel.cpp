@@ -1,13 +1,146 @@
 // CPU body of minmax, compiled once per instruction set.
+//
+// Floats are compared by their bits. As signed integers the positive ones are in order, as unsigned
+// ones the positive and the negative ones each are, the latter from small to large: so three
+// integer maxima and minima hold the least and the greatest float, and show NaN and infinities too,
+// whose bits lie beyond those of finite values. A stretch that has some is gone over once more.
 #include "minmax.h"
+
+#include "../../core/simd.h"
 
 namespace pyobserver::PYOBS_ISA {
 namespace {
 
-// Independent minima, so that the loop vectorizes: many for a long run, few for a short one.
-constexpr int kLanes = 64;
-constexpr int kShortLanes = 16;
-constexpr int64_t kLongRun = 1024;
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using Unsigned = uint32_t;
+  using Signed = int32_t;
+  static constexpr Unsigned infinity = 0x7f800000u;
+};
+template <>
+struct BitsOf<Half> {
+  using Unsigned = uint16_t;
+  using Signed = int16_t;
+  static constexpr Unsigned infinity = 0x7c00u;
+};
+template <>
+struct BitsOf<BFloat16> {
+  using Unsigned = uint16_t;
+  using Signed = int16_t;
+  static constexpr Unsigned infinity = 0x7f80u;
+};
+
+template <class T>
+PYOBS_HD float value_of_bits(typename BitsOf<T>::Unsigned bits) {
+  T value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return to_float(value);
+}
+
+// The three extremes, of one value or of a vector of them.
+template <class SignedValue, class UnsignedValue>
+struct Extremes {
+  SignedValue most_signed;
+  UnsignedValue most, least;
+
+  void start(const UnsignedValue& value) {
+    most_signed = (SignedValue)value;
+    most = least = value;
+  }
+  void take(const UnsignedValue& value) {
+    most_signed = maximum((SignedValue)value, most_signed);
+    most = maximum(value, most);
+    least = minimum(value, least);
+  }
+  void merge(const Extremes& other) {
+    most_signed = maximum(other.most_signed, most_signed);
+    most = maximum(other.most, most);
+    least = minimum(other.least, least);
+  }
+};
+
+template <class T>
+using BitsExtremes = Extremes<typename BitsOf<T>::Signed, typename BitsOf<T>::Unsigned>;
+template <class T>
+using VectorExtremes =
+    Extremes<Vector<typename BitsOf<T>::Signed>, Vector<typename BitsOf<T>::Unsigned>>;
+
+// False where there are NaN or infinities, and the range is then not set.
+template <class T>
+PYOBS_HD bool finite_range(const BitsExtremes<T>& found, Range* range) {
+  using Unsigned = typename BitsOf<T>::Unsigned;
+  constexpr Unsigned kInfinity = BitsOf<T>::infinity;
+  constexpr Unsigned kSign = static_cast<Unsigned>(Unsigned{1} << (8 * sizeof(Unsigned) - 1));
+  if (found.most_signed >= static_cast<typename BitsOf<T>::Signed>(kInfinity) ||
+      found.most >= static_cast<Unsigned>(kInfinity | kSign)) {
+    return false;
+  }
+  const bool some_negative = found.most >= kSign;
+  const bool some_positive = found.most_signed >= 0;
+  range->low = value_of_bits<T>(some_negative ? found.most : found.least);
+  range->high =
+      value_of_bits<T>(some_positive ? static_cast<Unsigned>(found.most_signed) : found.least);
+  return true;
+}
+
+// n >= vectors * lanes; the last vectors overlap those before, which changes no extreme.
+template <class T, int vectors>
+PYOBS_HD BitsExtremes<T> extremes_of_run(const T* x, int64_t n) {
+  using Unsigned = typename BitsOf<T>::Unsigned;
+  using Signed = typename BitsOf<T>::Signed;
+  constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  constexpr int64_t kStep = vectors * kLanes;
+  VectorExtremes<T> found[vectors];
+  for (int v = 0; v < vectors; ++v) {
+    found[v].start(load_vector<Unsigned>(x + v * kLanes));
+  }
+  int64_t i = kStep;
+  for (; i + kStep <= n; i += kStep) {
+    for (int v = 0; v < vectors; ++v) {
+      found[v].take(load_vector<Unsigned>(x + i + v * kLanes));
+    }
+  }
+  if (i < n) {
+    for (int v = 0; v < vectors; ++v) {
+      found[v].take(load_vector<Unsigned>(x + n - kStep + v * kLanes));
+    }
+  }
+  for (int v = 1; v < vectors; ++v) {
+    found[0].merge(found[v]);
+  }
+  const auto most_of = [](const auto& a, const auto& b) { return maximum(a, b); };
+  const auto least_of = [](const auto& a, const auto& b) { return minimum(a, b); };
+  return {fold_lanes<Signed>(found[0].most_signed, most_of),
+          fold_lanes<Unsigned>(found[0].most, most_of),
+          fold_lanes<Unsigned>(found[0].least, least_of)};
+}
+
+template <class T>
+PYOBS_HD BitsExtremes<T> extremes_of(const T* x, int64_t n) {
+  constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  if (n >= 16 * kLanes) {
+    return extremes_of_run<T, 4>(x, n);
+  }
+  if (n >= 2 * kLanes) {
+    return extremes_of_run<T, 2>(x, n);
+  }
+  if (n >= kLanes) {
+    return extremes_of_run<T, 1>(x, n);
+  }
+  BitsExtremes<T> found;
+  for (int64_t i = 0; i < n; ++i) {
+    typename BitsOf<T>::Unsigned bits;
+    __builtin_memcpy(&bits, x + i, sizeof(bits));
+    if (i == 0) {
+      found.start(bits);
+    } else {
+      found.take(bits);
+    }
+  }
+  return found;
+}
 
 template <bool finite_only>
 PYOBS_HD void merge_value(float value, float* low, float* high, int32_t* nonfinite) {
@@ -24,97 +157,186 @@ PYOBS_HD void merge_value(float value, float* low, float* high, int32_t* nonfini
   }
 }
 
-template <class T, bool finite_only, int lanes>
-int64_t run(const T* x, int64_t n, Range* range) {
-  float low[lanes], high[lanes];
-  int32_t nonfinite[lanes];
-  int64_t total = 0;
-  for (int lane = 0; lane < lanes; ++lane) {
+// Values that may not be finite; returns how many are not.
+template <class T, bool finite_only>
+int64_t merge_values(const T* x, int64_t n, Range* range) {
+  constexpr int kLanes = 16;
+  float low[kLanes], high[kLanes];
+  int32_t nonfinite[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
     low[lane] = range->low;
     high[lane] = range->high;
     nonfinite[lane] = 0;
   }
-  constexpr int64_t kBlock = int64_t{lanes} << 20;  // a lane counts to 2^20 before it is emptied
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t end = n - start < kBlock ? n : start + kBlock;
-    int64_t i = start;
-    for (; i + lanes <= end; i += lanes) {
-#pragma GCC unroll 4
-      for (int lane = 0; lane < lanes; ++lane) {
-        merge_value<finite_only>(to_float(x[i + lane]), &low[lane], &high[lane], &nonfinite[lane]);
-      }
-    }
-    for (; i < end; ++i) {
-      merge_value<finite_only>(to_float(x[i]), &low[0], &high[0], &nonfinite[0]);
-    }
-    for (int lane = 0; lane < lanes; ++lane) {
-      total += nonfinite[lane];
-      nonfinite[lane] = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      merge_value<finite_only>(to_float(x[i + lane]), &low[lane], &high[lane], &nonfinite[lane]);
     }
   }
-  for (int lane = 0; lane < lanes; ++lane) {
-    *range = merge(*range, {low[lane], high[lane]});
+  for (; i < n; ++i) {
+    merge_value<finite_only>(to_float(x[i]), &low[0], &high[0], &nonfinite[0]);
   }
-  return total;
-}
-
-template <class T, bool finite_only>
-int64_t tensor(const T* x, int64_t n, Range* range) {
-  return n < kLongRun ? run<T, finite_only, kShortLanes>(x, n, range)
-                      : run<T, finite_only, kLanes>(x, n, range);
-}
-
-template <class T, bool finite_only>
-int64_t channels(const T* __restrict x, int64_t outer, int64_t channels, int64_t inner,
-                 int64_t first, int64_t last, float* __restrict lows, float* __restrict highs) {
   int64_t total = 0;
-  for (int64_t o = 0; o < outer; ++o) {
-    const T* __restrict row = x + o * channels * inner;
-    int32_t nonfinite = 0;
-    if (inner == 1) {
-      for (int64_t c = first; c < last; ++c) {
-        merge_value<finite_only>(to_float(row[c]), &lows[c], &highs[c], &nonfinite);
-      }
-    } else {
-      for (int64_t c = first; c < last; ++c) {
-        Range range = {lows[c], highs[c]};
-        if (inner >= kShortLanes) {
-          total += tensor<T, finite_only>(row + c * inner, inner, &range);
-        } else {
-          int32_t of_channel = 0;
-          for (int64_t i = 0; i < inner; ++i) {
-            merge_value<finite_only>(to_float(row[c * inner + i]), &range.low, &range.high,
-                                     &of_channel);
-          }
-          total += of_channel;
-        }
-        lows[c] = range.low;
-        highs[c] = range.high;
-      }
-    }
-    total += nonfinite;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    *range = merge(*range, {low[lane], high[lane]});
+    total += nonfinite[lane];
   }
   return total;
 }
 
-int64_t tensor_any(DType dtype, const void* x, int64_t n, bool finite_only, Range* range) {
-  return dispatch(dtype, x, [&](const auto* typed) {
-    using T = typename Pointee<decltype(typed)>::type;
-    return finite_only ? tensor<T, true>(typed, n, range) : tensor<T, false>(typed, n, range);
-  });
+template <class T>
+int64_t merge_run(const T* x, int64_t n, bool finite_only, Range* range) {
+  constexpr int64_t kStretch = 65536 / sizeof(T);  // stays in the cache for a second look
+  int64_t nonfinite = 0;
+  for (int64_t start = 0; start < n; start += kStretch) {
+    const int64_t count = minimum(n - start, kStretch);
+    Range found;
+    if (finite_range<T>(extremes_of(x + start, count), &found)) {
+      *range = merge(*range, found);
+    } else {
+      nonfinite += finite_only ? merge_values<T, true>(x + start, count, range)
+                               : merge_values<T, false>(x + start, count, range);
+    }
+  }
+  return nonfinite;
 }
 
-int64_t channels_any(DType dtype, const void* x, int64_t outer, int64_t count, int64_t inner,
-                     int64_t first, int64_t last, bool finite_only, float* lows, float* highs) {
+struct Channels {
+  int64_t count, inner;
+  bool finite_only;
+  float *lows, *highs;
+};
+
+template <class T>
+PYOBS_HD int64_t merge_channel(const T* x, int64_t n, const Channels& channels, int64_t channel) {
+  Range range = {channels.lows[channel], channels.highs[channel]};
+  const int64_t nonfinite = merge_run(x, n, channels.finite_only, &range);
+  channels.lows[channel] = range.low;
+  channels.highs[channel] = range.high;
+  return nonfinite;
+}
+
+// Channel after channel, from element `position` of the period on.
+template <class T>
+int64_t merge_runs(const T* x, int64_t n, int64_t position, const Channels& channels) {
+  int64_t channel = position / channels.inner;
+  int64_t left = channels.inner - position % channels.inner;
+  int64_t nonfinite = 0;
+  while (n > 0) {
+    const int64_t count = minimum(left, n);
+    nonfinite += merge_channel(x, count, channels, channel);
+    x += count;
+    n -= count;
+    left = channels.inner;
+    channel = channel + 1 == channels.count ? 0 : channel + 1;
+  }
+  return nonfinite;
+}
+
+// Short runs that repeat, as the columns of a matrix: a few vectors of columns go down many rows.
+// A period narrower than these vectors is taken several times in a row.
+constexpr int kColumnVectors = 4;
+constexpr int64_t kBlockBytes = 1 << 18;  // of rows, which stay in the cache for all columns
+
+template <class T>
+int64_t merge_columns(const T* x, int64_t rows, const Channels& channels) {
+  constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  constexpr int64_t kTile = kColumnVectors * kLanes;
+  using Unsigned = typename BitsOf<T>::Unsigned;
+  using Signed = typename BitsOf<T>::Signed;
+  const int64_t period = channels.count * channels.inner;
+  const int64_t repeats = period >= kTile ? 1 : (kTile + period - 1) / period;
+  const int64_t width = repeats * period;
+  const int64_t most_rows = maximum<int64_t>(1, kBlockBytes / (width * sizeof(T)));
+  int64_t wide_rows = rows / repeats;
+  int64_t nonfinite = merge_runs(x + wide_rows * width, (rows % repeats) * period, 0, channels);
+  while (wide_rows > 0) {
+    const int64_t count = minimum(wide_rows, most_rows);
+    for (int64_t done = 0; done < width; done += kTile) {
+      const int64_t first = minimum(done, width - kTile);  // overlapping the last tile but one
+      VectorExtremes<T> found[kColumnVectors];
+      for (int v = 0; v < kColumnVectors; ++v) {
+        found[v].start(load_vector<Unsigned>(x + first + v * kLanes));
+      }
+      for (int64_t row = 1; row < count; ++row) {
+        for (int v = 0; v < kColumnVectors; ++v) {
+          found[v].take(load_vector<Unsigned>(x + row * width + first + v * kLanes));
+        }
+      }
+      int64_t channel = first % period / channels.inner;
+      int64_t left = channels.inner - first % channels.inner;
+      for (int64_t column = 0; column < kTile; ++column) {
+        const auto& vector = found[column / kLanes];
+        const int lane = static_cast<int>(column % kLanes);
+        const BitsExtremes<T> extremes = {static_cast<Signed>(vector.most_signed[lane]),
+                                          static_cast<Unsigned>(vector.most[lane]),
+                                          static_cast<Unsigned>(vector.least[lane])};
+        Range range;
+        if (finite_range<T>(extremes, &range)) {
+          range = merge({channels.lows[channel], channels.highs[channel]}, range);
+          channels.lows[channel] = range.low;
+          channels.highs[channel] = range.high;
+        } else if (first + column >= done) {  // what overlaps was counted
+          for (int64_t row = 0; row < count; ++row) {
+            nonfinite += merge_channel(x + row * width + first + column, 1, channels, channel);
+          }
+        }
+        if (--left == 0) {
+          left = channels.inner;
+          channel = channel + 1 == channels.count ? 0 : channel + 1;
+        }
+      }
+    }
+    x += count * width;
+    wide_rows -= count;
+  }
+  return nonfinite;
+}
+
+template <class T>
+int64_t merge_groups(const T* x, int64_t n, int64_t offset, const Channels& channels) {
+  if (channels.count == 1) {
+    return merge_channel(x, n, channels, 0);
+  }
+  constexpr int64_t kShortRun = 16;
+  constexpr int64_t kLeastRows = 8;
+  const int64_t period = channels.count * channels.inner;
+  const int64_t position = offset % period;
+  const int64_t head = minimum(n, position == 0 ? 0 : period - position);
+  const int64_t rows = (n - head) / period;
+  if (channels.inner >= kShortRun || rows < kLeastRows) {
+    return merge_runs(x, n, position, channels);
+  }
+  const int64_t tail = head + rows * period;
+  return merge_runs(x, head, position, channels) + merge_columns(x + head, rows, channels) +
+         merge_runs(x + tail, n - tail, 0, channels);
+}
+
+// float64 is taken as float32, a piece at a time.
+int64_t merge_groups(const double* x, int64_t n, int64_t offset, const Channels& channels) {
+  constexpr int64_t kNarrowed = 2048;
+  float narrowed[kNarrowed];
+  int64_t nonfinite = 0;
+  for (int64_t start = 0; start < n; start += kNarrowed) {
+    const int64_t count = minimum(n - start, kNarrowed);
+    for (int64_t i = 0; i < count; ++i) {
+      narrowed[i] = static_cast<float>(x[start + i]);
+    }
+    nonfinite += merge_groups(narrowed, count, offset + start, channels);
+  }
+  return nonfinite;
+}
+
+int64_t groups(DType dtype, const void* x, int64_t n, int64_t offset, int64_t channels,
+               int64_t inner, bool finite_only, float* lows, float* highs) {
   return dispatch(dtype, x, [&](const auto* typed) {
-    using T = typename Pointee<decltype(typed)>::type;
-    return finite_only ? channels<T, true>(typed, outer, count, inner, first, last, lows, highs)
-                       : channels<T, false>(typed, outer, count, inner, first, last, lows, highs);
+    return merge_groups(typed, n, offset, Channels{channels, inner, finite_only, lows, highs});
   });
 }
 
 }  // namespace
 
-extern const MinmaxTable minmax_table = {tensor_any, channels_any};
+extern const MinmaxTable minmax_table = {groups};
 
 }  // namespace pyobserver::PYOBS_ISA

@@ -1,12 +1,14 @@
 // CPU glue of range_search.
 #include "range_search.h"
 
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../../core/check.h"
-#include "../../core/dense.h"
+#include "../../core/layout.h"
+#include "../../core/parallel.h"
 
 namespace pyobserver {
 namespace {
@@ -21,7 +23,7 @@ constexpr int32_t kMostBinsForTorchSum = 16384;
 std::vector<double> totals(const Tensor& counts, int64_t histograms, int32_t bins) {
   std::vector<double> result(histograms);
   if (bins > kMostBinsForTorchSum) {
-    const double* all_counts = counts.const_data_ptr<double>();
+    const double* all_counts = const_data<double>(counts);
     for (int64_t i = 0; i < histograms * bins; ++i) {
       result[i / bins] += all_counts[i];
     }
@@ -32,7 +34,7 @@ std::vector<double> totals(const Tensor& counts, int64_t histograms, int32_t bin
       torch::stable::reshape(torch::stable::to(counts, ScalarType::Float), {shape.data(), 2});
   for (int64_t i = 0; i < histograms; ++i) {
     const Tensor sum = torch::stable::sum(torch::stable::select(rows, 0, i));
-    result[i] = static_cast<double>(*sum.const_data_ptr<float>());
+    result[i] = static_cast<double>(*const_data<float>(sum));
   }
   return result;
 }
@@ -52,15 +54,15 @@ std::tuple<Tensor, Tensor> range_search(const Tensor& counts, const Tensor& min_
   check_numel(kOp, "min_val", min_val, histograms);
   check_numel(kOp, "max_val", max_val, histograms);
   check(num_levels >= 2, kOp, ": num_levels: expected at least 2, got ", num_levels);
-  const bool off = is_off(kOp, enabled, counts);
+  const bool off = is_off(kOp, "enabled", enabled, counts);
 
-  const Tensor new_min = empty_output(min_val);
-  const Tensor new_max = empty_output(max_val);
-  const double* all_counts = counts.const_data_ptr<double>();
-  const float* lows = min_val.const_data_ptr<float>();
-  const float* highs = max_val.const_data_ptr<float>();
-  float* new_lows = new_min.mutable_data_ptr<float>();
-  float* new_highs = new_max.mutable_data_ptr<float>();
+  const Tensor new_min = empty_output(min_val, true);
+  const Tensor new_max = empty_output(max_val, true);
+  const double* all_counts = const_data<double>(counts);
+  const float* lows = const_data<float>(min_val);
+  const float* highs = const_data<float>(max_val);
+  float* new_lows = mutable_data<float>(new_min);
+  float* new_highs = mutable_data<float>(new_max);
   const auto& table = range_search_table();
   const std::vector<double> all_totals =
       off ? std::vector<double>(histograms) : totals(counts, histograms, bins);
