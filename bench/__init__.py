@@ -1,1 +1,1 @@
-"""Timings of pyobserver against torch: ``pytest bench``, or ``python -m bench`` for a report."""
+"""pyobserver against torch: ``python -m bench`` for a report, ``pytest bench`` for timings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +12,24 @@ from torch import Tensor
 from pyobserver.ops import fake_quantize
 
 from .cases import (
+    BY_CHANNELS,
+    BY_DTYPE,
+    BY_LAYOUT,
+    BY_RUN,
     Call,
     Case,
-    activation_shape,
+    activation,
+    channels_end,
+    channels_first,
+    channels_middle,
     contenders,
     flat,
     limit_call,
     normal,
-    weight_shape,
+    of_dtype,
+    of_layout,
+    runs,
+    weight,
 )
 
 # the package has the function under the module's name
@@ -34,9 +45,15 @@ def _qparams(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros(channels, dtype=torch.int32, device=x.device)
 
 
-def _forward(name: str, shape: Callable[[int], tuple[int, ...]], axis: int | None = None) -> Case:
-    def make(size: int, device: str) -> dict[str, Call]:
-        x = normal(shape(size), device)
+def _forward(
+    name: str,
+    tensor: Callable[[Any, str], Tensor],
+    axis: int | None = None,
+    limit: str | None = "copy_",
+    **more: Any,
+) -> Case:
+    def make(size: Any, device: str) -> dict[str, Call]:
+        x = tensor(size, device)
         scale, zero_point = _qparams(x, axis)
 
         def reference() -> Tensor:
@@ -47,9 +64,9 @@ def _forward(name: str, shape: Callable[[int], tuple[int, ...]], axis: int | Non
         def ours() -> Call:
             return lambda: fake_quantize(x, scale, zero_point, -128, 127, axis)
 
-        return contenders(device, reference, ours) | limit_call("copy_", x)
+        return contenders(device, reference, ours) | limit_call(limit, x)
 
-    return Case(name, make, bytes_moved=8, limit="copy_")
+    return Case(name, make, bytes_moved=8, limit=limit, **more)
 
 
 def _make_mask(size: int, device: str) -> dict[str, Call]:
@@ -81,23 +98,20 @@ def _make_autograd(size: int, device: str) -> dict[str, Call]:
     scale, zero_point = _qparams(x, None)
     grad = torch.ones_like(x)
 
-    def reference() -> None:
+    def reference() -> tuple[Tensor, ...]:
         y = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
-        torch.autograd.grad(y, x, grad)
+        return torch.autograd.grad(y, x, grad)
 
     def ours() -> Call:
-        def call() -> None:
-            torch.autograd.grad(fake_quantize(x, scale, zero_point, -128, 127), x, grad)
-
-        return call
+        return lambda: torch.autograd.grad(fake_quantize(x, scale, zero_point, -128, 127), x, grad)
 
     return contenders(device, reference, ours) | limit_call("copy_", x)
 
 
 CASES = [
     _forward("fake_quantize", flat),
-    _forward("fake_quantize, axis 0", weight_shape, 0),
-    _forward("fake_quantize, axis 1", activation_shape, 1),
+    _forward("fake_quantize, axis 0", weight, 0),
+    _forward("fake_quantize, axis 1", activation, 1),
     Case("fake_quantize with mask", _make_mask, bytes_moved=8 + _MASK, limit="copy_"),
     Case("fake_quantize backward", _make_backward, bytes_moved=8 + _MASK, limit="copy_"),
     Case(
@@ -106,6 +120,14 @@ CASES = [
         bytes_moved=16 + 2 * _MASK,
         limit="copy_",
     ),
+    _forward("fake_quantize, axis 0", channels_first, 0, **BY_CHANNELS),
+    _forward("fake_quantize, axis 1", channels_middle, 1, **BY_CHANNELS),
+    _forward("fake_quantize, last axis", channels_end, 1, **BY_CHANNELS),
+    _forward("fake_quantize, axis 1", runs, 1, **BY_RUN),
+    _forward("fake_quantize", of_dtype, **BY_DTYPE),
+    _forward("fake_quantize, axis 0", of_dtype, 0, **BY_DTYPE),
+    _forward("fake_quantize", of_layout, **BY_LAYOUT),
+    _forward("fake_quantize, axis 1", of_layout, 1, **BY_LAYOUT),
 ]
 
 

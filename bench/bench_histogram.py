@@ -10,30 +10,38 @@ from torch.ao.quantization import HistogramObserver
 
 from pyobserver.ops import histogram, histogram_combine
 
-from .cases import Call, Case, contenders, limit_call, normal
+from .cases import BY_BINS, GROWTH_ELEMENTS, Call, Case, contenders, limit_call, normal
 
 BINS = 2048
 
 
-def _state(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _state(device: str, bins: int = BINS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     low = torch.tensor(torch.inf, device=device)
-    counts = torch.zeros(BINS, dtype=torch.float64, device=device)
+    counts = torch.zeros(bins, dtype=torch.float64, device=device)
     return counts, low, -low, torch.zeros((), dtype=torch.int64, device=device)
+
+
+def _steady(x: Tensor, bins: int, device: str) -> dict[str, Call]:
+    total = torch.zeros(bins, device=device)
+
+    def reference() -> None:
+        low, high = torch.aminmax(x)
+        total.add_(torch.histc(x, bins, min=low.item(), max=high.item()))
+
+    def ours() -> Call:
+        state = _state(device, bins)
+        return lambda: histogram(x, *state)
+
+    return contenders(device, reference, ours)
 
 
 def _make_steady(size: int, device: str) -> dict[str, Call]:
     x = normal((size,), device)
-    total = torch.zeros(BINS, device=device)
+    return _steady(x, BINS, device) | limit_call("sum", x)
 
-    def reference() -> None:
-        low, high = torch.aminmax(x)
-        total.add_(torch.histc(x, BINS, min=low.item(), max=high.item()))
 
-    def ours() -> Call:
-        state = _state(device)
-        return lambda: histogram(x, *state)
-
-    return contenders(device, reference, ours) | limit_call("sum", x)
+def _make_bins(bins: int, device: str) -> dict[str, Call]:
+    return _steady(normal((GROWTH_ELEMENTS,), device), bins, device)
 
 
 def _make_growing(size: int, device: str) -> dict[str, Call]:
@@ -88,7 +96,8 @@ def _make_combine(bins: int, device: str) -> dict[str, Call]:
 CASES = [
     Case("histogram", _make_steady, bytes_moved=4, limit="sum"),
     Case("histogram, range grows", _make_growing, bytes_moved=4, limit="sum"),
-    Case("histogram_combine", _make_combine, sizes=(BINS,), unit="bins"),
+    Case("histogram_combine", _make_combine, sizes=BY_BINS["sizes"], unit="bins"),
+    Case("histogram", _make_bins, **BY_BINS),
 ]
 
 

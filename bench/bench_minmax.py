@@ -12,13 +12,12 @@ from pyobserver.ops import minmax
 from .cases import (
     Call,
     Case,
-    activation_shape,
+    activation,
     contenders,
     flat,
     limit_call,
-    normal,
-    token_shape,
-    weight_shape,
+    tokens,
+    weight,
 )
 
 
@@ -30,12 +29,12 @@ def _state(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def _case(
     name: str,
-    shape: Callable[[int], tuple[int, ...]],
+    tensor: Callable[[int, str], Tensor],
     axis: int | None = None,
     update: str = "running",
 ) -> Case:
     def make(size: int, device: str) -> dict[str, Call]:
-        x = normal(shape(size), device)
+        x = tensor(size, device)
         dims = None if axis is None else [d for d in range(x.dim()) if d != axis % x.dim()]
         low, high, _ = _state(x, axis)
 
@@ -63,9 +62,9 @@ def _case(
 CASES = [
     _case("minmax", flat),
     _case("minmax, moving average", flat, update="moving_average"),
-    _case("minmax, axis 0", weight_shape, 0),
-    _case("minmax, axis 1", activation_shape, 1),
-    _case("minmax, last axis", token_shape, -1),
+    _case("minmax, axis 0", weight, 0),
+    _case("minmax, axis 1", activation, 1),
+    _case("minmax, last axis", tokens, -1),
 ]
 
 

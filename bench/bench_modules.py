@@ -9,22 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao import quantization as torch_ao
 
 import pyobserver
 
 from .cases import (
+    BY_BINS,
+    BY_CHANNELS,
+    BY_DTYPE,
+    BY_LAYOUT,
+    BY_RUN,
+    GROWTH_ELEMENTS,
     Call,
     Case,
-    activation_shape,
+    activation,
+    channels_end,
+    channels_first,
+    channels_middle,
     contenders,
     flat,
     limit_call,
     normal,
-    weight_shape,
+    of_dtype,
+    of_layout,
+    runs,
+    weight,
 )
 
 _MASK = 1 / 8  # bytes an element
@@ -35,12 +48,13 @@ Factory = Callable[[ModuleType], nn.Module]  # of the host that has the class
 def _forward(
     name: str,
     factory: Factory,
-    shape: Callable[[int], tuple[int, ...]] = flat,
+    tensor: Callable[[Any, str], Tensor] = flat,
     bytes_moved: float = 4,
-    limit: str = "sum",
+    limit: str | None = "sum",
+    **more: Any,
 ) -> Case:
-    def make(size: int, device: str) -> dict[str, Call]:
-        x = normal(shape(size), device)
+    def make(size: Any, device: str) -> dict[str, Call]:
+        x = tensor(size, device)
 
         def bind(host: ModuleType) -> Call:
             module = factory(host).to(device)
@@ -49,7 +63,22 @@ def _forward(
         calls = contenders(device, bind(torch_ao), partial(bind, pyobserver))
         return calls | limit_call(limit, x)
 
-    return Case(name, make, bytes_moved, limit)
+    return Case(name, make, bytes_moved, limit, **more)
+
+
+def _autograd(name: str, factory: Factory, **more: Any) -> Case:
+    def make(size: int, device: str) -> dict[str, Call]:
+        x = normal((size,), device).detach().requires_grad_()
+        grad = torch.ones_like(x)
+
+        def bind(host: ModuleType) -> Call:
+            module = factory(host).to(device)
+            return lambda: torch.autograd.grad(module(x), x, grad)
+
+        calls = contenders(device, bind(torch_ao), partial(bind, pyobserver))
+        return calls | limit_call("copy_", x)
+
+    return Case(name, make, bytes_moved=20 + 2 * _MASK, limit="copy_", **more)
 
 
 def _make_calculate_qparams(size: int, device: str) -> dict[str, Call]:
@@ -63,56 +92,97 @@ def _make_calculate_qparams(size: int, device: str) -> dict[str, Call]:
     return contenders(device, bind(torch_ao), partial(bind, pyobserver))
 
 
-def _make_autograd(size: int, device: str) -> dict[str, Call]:
-    x = normal((size,), device).detach().requires_grad_()
-    grad = torch.ones_like(x)
+def _make_bins(bins: int, device: str) -> dict[str, Call]:
+    x = normal((GROWTH_ELEMENTS,), device)
 
     def bind(host: ModuleType) -> Call:
-        module = host.FakeQuantize().to(device)
-        return lambda: torch.autograd.grad(module(x), x, grad)
+        observer = host.HistogramObserver(bins=bins).to(device)
+        return lambda: observer(x)
 
-    calls = contenders(device, bind(torch_ao), partial(bind, pyobserver))
-    return calls | limit_call("copy_", x)
+    return contenders(device, bind(torch_ao), partial(bind, pyobserver))
 
 
-def _fake_quantize(name: str, factory: Factory) -> Case:
-    return _forward(name, factory, bytes_moved=12, limit="copy_")
+def _fake_quantize(
+    name: str, factory: Factory, tensor: Callable[[Any, str], Tensor] = flat, **more: Any
+) -> Case:
+    return _forward(name, factory, tensor, bytes_moved=12, limit="copy_", **more)
+
+
+def _minmax(host: ModuleType) -> nn.Module:
+    return host.MinMaxObserver()
+
+
+def _histogram(host: ModuleType) -> nn.Module:
+    return host.HistogramObserver()
+
+
+def _per_channel(axis: int) -> Factory:
+    return lambda host: host.PerChannelMinMaxObserver(ch_axis=axis)
+
+
+def _moving_per_channel(axis: int) -> Factory:
+    return lambda host: host.MovingAveragePerChannelMinMaxObserver(ch_axis=axis)
+
+
+def _fake(host: ModuleType) -> nn.Module:
+    return host.FakeQuantize()
+
+
+def _fused(host: ModuleType) -> nn.Module:
+    return host.FusedMovingAvgObsFakeQuantize()
+
+
+def _of_weight(host: ModuleType, fake_quantize: str) -> nn.Module:
+    return getattr(host, fake_quantize)(
+        observer=host.MovingAveragePerChannelMinMaxObserver,
+        quant_min=-128,
+        quant_max=127,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
 
 
 CASES = [
-    _forward("MinMaxObserver", lambda host: host.MinMaxObserver()),
-    _forward("MovingAverageMinMaxObserver", lambda host: host.MovingAverageMinMaxObserver()),
+    _forward("MinMaxObserver", _minmax, headline=True),
     _forward(
-        "PerChannelMinMaxObserver, axis 0",
-        lambda host: host.PerChannelMinMaxObserver(ch_axis=0),
-        weight_shape,
+        "MovingAverageMinMaxObserver",
+        lambda host: host.MovingAverageMinMaxObserver(),
+        headline=True,
     ),
-    _forward(
-        "PerChannelMinMaxObserver, axis 1",
-        lambda host: host.PerChannelMinMaxObserver(ch_axis=1),
-        activation_shape,
-    ),
-    _forward(
-        "MovingAveragePerChannelMinMaxObserver, axis 0",
-        lambda host: host.MovingAveragePerChannelMinMaxObserver(ch_axis=0),
-        weight_shape,
-    ),
-    _forward("HistogramObserver", lambda host: host.HistogramObserver()),
-    Case("HistogramObserver.calculate_qparams", _make_calculate_qparams),
-    _fake_quantize("FakeQuantize", lambda host: host.FakeQuantize()),
-    Case(
-        "FakeQuantize forward and backward",
-        _make_autograd,
-        bytes_moved=20 + 2 * _MASK,
-        limit="copy_",
+    _forward("PerChannelMinMaxObserver, axis 0", _per_channel(0), weight, headline=True),
+    _forward("PerChannelMinMaxObserver, axis 1", _per_channel(1), activation, headline=True),
+    _forward("MovingAveragePerChannelMinMaxObserver, axis 0", _moving_per_channel(0), weight),
+    _forward("MovingAveragePerChannelMinMaxObserver, axis 1", _moving_per_channel(1), activation),
+    _forward("HistogramObserver", _histogram, headline=True),
+    Case("HistogramObserver.calculate_qparams", _make_calculate_qparams, headline=True),
+    _fake_quantize("FakeQuantize", _fake, headline=True),
+    _autograd("FakeQuantize, forward and backward", _fake, headline=True),
+    _fake_quantize(
+        "FakeQuantize, axis 0", partial(_of_weight, fake_quantize="FakeQuantize"), weight
     ),
     _fake_quantize(
         "FakeQuantize over HistogramObserver",
         lambda host: host.FakeQuantize(observer=host.HistogramObserver),
     ),
+    _fake_quantize("FusedMovingAvgObsFakeQuantize", _fused, headline=True),
+    _autograd("FusedMovingAvgObsFakeQuantize, forward and backward", _fused),
     _fake_quantize(
-        "FusedMovingAvgObsFakeQuantize", lambda host: host.FusedMovingAvgObsFakeQuantize()
+        "FusedMovingAvgObsFakeQuantize, axis 0",
+        partial(_of_weight, fake_quantize="FusedMovingAvgObsFakeQuantize"),
+        weight,
     ),
+    _forward("PerChannelMinMaxObserver, axis 0", _per_channel(0), channels_first, **BY_CHANNELS),
+    _forward("PerChannelMinMaxObserver, axis 1", _per_channel(1), channels_middle, **BY_CHANNELS),
+    _forward("PerChannelMinMaxObserver, last axis", _per_channel(-1), channels_end, **BY_CHANNELS),
+    _forward("PerChannelMinMaxObserver, axis 1", _per_channel(1), runs, **BY_RUN),
+    Case("HistogramObserver", _make_bins, **BY_BINS),
+    _forward("MinMaxObserver", _minmax, of_dtype, **BY_DTYPE),
+    _forward("PerChannelMinMaxObserver, axis 0", _per_channel(0), of_dtype, **BY_DTYPE),
+    _forward("HistogramObserver", _histogram, of_dtype, **BY_DTYPE),
+    _forward("MinMaxObserver", _minmax, of_layout, **BY_LAYOUT),
+    _forward("PerChannelMinMaxObserver, axis 1", _per_channel(1), of_layout, **BY_LAYOUT),
+    _forward("HistogramObserver", _histogram, of_layout, **BY_LAYOUT),
 ]
 
 

@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ import pyobserver
 
 Call = Callable[[], object]
 
-SIZES = (256, 100_000, 10_000_000)
+SIZES = (256, 10_000, 100_000, 1_000_000, 10_000_000)
 SMOKE_SIZES = (256,)
+GROWTH_ELEMENTS = 1_000_000
 OURS = ("fallback", "native")
 LIMIT_BYTES = {"sum": 4, "copy_": 8}  # that the limits move for each float32
 
@@ -33,16 +35,28 @@ class Case:
             the tensor again, so a fake-quantize that observes first moves 12.
         limit: ``sum`` or ``copy_`` of the same tensor, the memory limit; None for work that does
             not depend on the tensor's size.
-        sizes: the case's own sizes, for work whose size is not that of a tensor to observe.
-        unit: what ``sizes`` count.
+        sizes: the case's own sizes, for work whose size is not that of a tensor to observe;
+            or what it is done with in turn, by name, such as dtypes.
+        unit: what ``sizes`` are.
+        growth: shows how the cost grows with ``sizes`` at ``GROWTH_ELEMENTS`` elements; the report
+            has it in the section of its unit alone.
+        headline: in the report's first table and in the picture.
     """
 
     name: str
-    make: Callable[[int, str], dict[str, Call]]
+    make: Callable[[Any, str], dict[str, Call]]
     bytes_moved: float = 0.0
     limit: str | None = None
-    sizes: tuple[int, ...] | None = None
+    sizes: tuple[int | str, ...] | None = None
     unit: str = "elements"
+    growth: bool = False
+    headline: bool = False
+
+    def sizes_of(self, elements: tuple[int, ...], quick: bool) -> tuple[int | str, ...]:
+        """What to run the case with: its own sizes, a quick growth at its ends, or ``elements``."""
+        if self.sizes is None:
+            return elements
+        return (self.sizes[0], self.sizes[-1]) if quick and self.growth else self.sizes
 
     def share_of_limit(self, seconds: dict[str, float], contender: str) -> float | None:
         """The contender's bandwidth over that of the limit."""
@@ -87,8 +101,10 @@ def contenders(device: str, reference: Call, ours: Callable[[], Call]) -> dict[s
     return calls
 
 
-def limit_call(limit: str, x: Tensor) -> dict[str, Call]:
+def limit_call(limit: str | None, x: Tensor) -> dict[str, Call]:
     """The memory limit, as one more contender."""
+    if limit is None:
+        return {}
     x = x.detach()
     if limit == "sum":
         return {"sum": x.sum}
@@ -102,23 +118,78 @@ def normal(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.randn(shape, generator=generator).to(device)
 
 
-def flat(size: int) -> tuple[int, ...]:
-    return (size,)
+# What a case works on, made from its size and device.
 
 
-def weight_shape(size: int) -> tuple[int, ...]:
+def flat(size: int, device: str) -> Tensor:
+    return normal((size,), device)
+
+
+def _channels(size: int) -> int:
+    return 100 if size >= 10_000 else 16
+
+
+def weight(size: int, device: str) -> Tensor:
     """(channels, values)"""
-    channels = 100 if size >= 10_000 else 16
-    return channels, max(1, size // channels)
+    channels = _channels(size)
+    return normal((channels, max(1, size // channels)), device)
 
 
-def activation_shape(size: int) -> tuple[int, ...]:
+def activation(size: int, device: str) -> Tensor:
     """(batch, channels, values)"""
-    batch = 10 if size >= 10_000 else 4
-    channels, values = weight_shape(size)
-    return batch, channels, max(1, values // batch)
+    channels, batch = _channels(size), 10 if size >= 10_000 else 4
+    return normal((batch, channels, max(1, size // channels // batch)), device)
 
 
-def token_shape(size: int) -> tuple[int, ...]:
+def tokens(size: int, device: str) -> Tensor:
     """(values, channels)"""
-    return weight_shape(size)[::-1]
+    channels = _channels(size)
+    return normal((max(1, size // channels), channels), device)
+
+
+# Series of inputs for growth cases, each with the fields of a Case that go with it.
+
+
+def _series(unit: str, *sizes: int | str) -> dict[str, Any]:
+    return {"limit": None, "sizes": sizes, "unit": unit, "growth": True}
+
+
+BY_CHANNELS = _series("channels", 3, 16, 100, 1024, 16_384)
+BY_RUN = _series("values in each run of a channel (64 channels)", 1, 3, 9, 49, 196, 1024)
+BY_BINS = _series("bins", 128, 2048, 16_384)
+BY_DTYPE = _series("dtype", "float32", "float64", "float16", "bfloat16")
+BY_LAYOUT = _series("layout", "contiguous", "channels_last", "strided", "cropped", "expanded")
+
+
+def channels_first(channels: int, device: str) -> Tensor:
+    return normal((channels, GROWTH_ELEMENTS // channels), device)
+
+
+def channels_middle(channels: int, device: str) -> Tensor:
+    return normal((8, channels, GROWTH_ELEMENTS // (8 * channels)), device)
+
+
+def channels_end(channels: int, device: str) -> Tensor:
+    return normal((GROWTH_ELEMENTS // channels, channels), device)
+
+
+def runs(values: int, device: str) -> Tensor:
+    """(batch, 64 channels, values)"""
+    return normal((GROWTH_ELEMENTS // (64 * values), 64, values), device)
+
+
+def of_dtype(name: str, device: str) -> Tensor:
+    return normal((100, GROWTH_ELEMENTS // 100), device).to(getattr(torch, name))
+
+
+def of_layout(name: str, device: str) -> Tensor:
+    """(batch, channels, height, width), as many elements in every layout."""
+    batch, channels, height, width = shape = (10, 100, 25, 40)
+    if name == "strided":
+        return normal((batch, channels, height, 2 * width), device)[..., ::2]
+    if name == "cropped":
+        return normal((batch, channels, height + 2, width + 2), device)[..., 1:-1, 1:-1]
+    if name == "expanded":
+        return normal((batch, channels, 1, width), device).expand(shape)
+    x = normal(shape, device)
+    return x.contiguous(memory_format=torch.channels_last) if name == "channels_last" else x

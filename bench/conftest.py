@@ -8,21 +8,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .cases import SIZES, SMOKE_SIZES, Call, contender_names
+from .cases import GROWTH_ELEMENTS, SIZES, SMOKE_SIZES, Call, contender_names
 from .fallback import kernels_of
 from .timing import keep_memory_warm
 
 
-def _sizes(config: pytest.Config) -> tuple[int, ...]:
-    return SMOKE_SIZES if config.getoption("benchmark_disable") else SIZES
+def _is_smoke(config: pytest.Config) -> bool:
+    return config.getoption("benchmark_disable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    keep_memory_warm(max(_sizes(config)))
+    keep_memory_warm(GROWTH_ELEMENTS if _is_smoke(config) else max(SIZES))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    smoke = _is_smoke(metafunc.config)
     params = [
         pytest.param(
             (case, size, name),
@@ -38,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             ),
         )
         for case in metafunc.module.CASES
-        for size in case.sizes or _sizes(metafunc.config)
+        for size in case.sizes_of(SMOKE_SIZES if smoke else SIZES, smoke)
         for name in contender_names(case, "cpu")
     ]
     metafunc.parametrize("contender", params, indirect=True)
