@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import pyobserver
+from pyobserver.ops._library import eager_call
 
 _LIBRARY = torch.library.Library("pyobserver_fallback", "DEF")
 
@@ -34,9 +35,10 @@ def _bindings() -> list[tuple[ModuleType, str, Any, Any]]:
             _LIBRARY.define(schema)
             _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
             _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-            found.append(
-                (module, attribute, op, getattr(torch.ops.pyobserver_fallback, name).default)
-            )
+            ours = getattr(torch.ops.pyobserver_fallback, name).default
+            found.append((module, attribute, op, ours))
+            if attribute == "_op" and hasattr(module, "_eager"):
+                found.append((module, "_eager", eager_call(op), eager_call(ours)))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def check_state(
         )
 
 
-def check_same_device(op: str, x: Tensor, others: dict[str, Tensor | None]) -> None:
+def check_same_device(op: str, x: Tensor, others: Mapping[str, Tensor | None]) -> None:
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(

@@ -38,6 +38,9 @@ class StatisticsModule(FactoryMixin, nn.Module):
     ``model.half()`` would round the statistics and the scales, and counts above 2048 with them.
     """
 
+    _buffers: dict[str, Any]
+    _modules: dict[str, Any]
+
     def __init__(self) -> None:
         super().__init__()
         register_with_hosts()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
+from functools import cache
+from itertools import accumulate, repeat
 from typing import Any
 
 import torch
@@ -58,6 +62,12 @@ def _error(density: Tensor, bin_width: float, start: int, end: int, num_levels: 
     return float(total.double().sum())
 
 
+@cache
+def _upper_quantiles() -> array[float]:
+    """What 1 is after each step down, as steps taken one by one round it; the last is below 0."""
+    return array("d", accumulate(repeat(-_STEP, round(1 / _STEP) + 1), initial=1.0))
+
+
 def _search(counts: Tensor, low: float, high: float, num_levels: int) -> tuple[int, int]:
     """The first and the last bin that the search keeps."""
     bins = counts.numel()
@@ -68,25 +78,37 @@ def _search(counts: Tensor, low: float, high: float, num_levels: int) -> tuple[i
     density = narrow / bin_width
     cumulative = narrow.cumsum(0).tolist()
     total = float((narrow if bins <= _MOST_BINS_FOR_FLOAT32_SUM else counts).sum())
-    rounded = torch.zeros((), dtype=torch.float32)  # comparisons with the quantiles are float32's
-    start, end = 0, bins - 1
-    alpha, beta = 0.0, 1.0
+    one = torch.zeros((), dtype=torch.float32)
+
+    def quantile(share: float) -> float:  # compared as float32, as in torch
+        return one.fill_(share * total).item()
+
+    def passed(beta: float) -> bool:
+        return cumulative[end] > quantile(beta)
+
+    betas = _upper_quantiles()
+    start = left = 0
+    end = right = bins - 1
+    alpha, step = 0.0, 0
     best = float("inf")
-    while alpha < beta:
-        next_alpha, next_beta = alpha + _STEP, beta - _STEP
-        left, right = start, end
-        lower = rounded.fill_(next_alpha * total).item()
+    while alpha < betas[step]:
+        lower, upper = quantile(alpha + _STEP), quantile(betas[step + 1])
+        # both move inward only, so they go on from where they were
+        left, right = min(left, end), max(right, start)
         while left < end and cumulative[left] < lower:
             left += 1
-        upper = rounded.fill_(next_beta * total).item()
         while right > start and cumulative[right] > upper:
             right -= 1
         next_start, next_end = start, end
         if left - start > end - right:
-            next_start, alpha = left, next_alpha
+            next_start, alpha = left, alpha + _STEP
         else:
-            next_end, beta = right, next_beta
+            next_end, step = right, step + 1
         if (next_start, next_end) == (start, end):
+            if start == end:
+                break
+            # alpha stays until a step moves the end; where it passes alpha first, all ends anyway
+            step = bisect_left(betas, True, lo=step + 1, key=passed) - 1
             continue
         error = _error(density, bin_width, next_start, next_end, num_levels)
         if error > best:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.ao.quantization import HistogramObserver
 
-from pyobserver import ops
+from pyobserver import native_status, ops
 
 from .cases import (
     REJECTED_SWITCHES,
@@ -48,15 +50,135 @@ def histogram_of(name: str, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.histc(x, bins, float(low), float(high)).double(), low, high
 
 
+@cache
+def _search_of_torch(
+    counts: tuple[float, ...], low: float, high: float, num_levels: int
+) -> tuple[Tensor, Tensor]:
+    theirs = HistogramObserver(bins=len(counts))
+    theirs.histogram.copy_(torch.tensor(counts, dtype=torch.float64))
+    theirs.min_val.fill_(low)
+    theirs.max_val.fill_(high)
+    theirs.dst_nbins = num_levels
+    return theirs._non_linear_param_search()
+
+
 def search_of_torch(
     counts: Tensor, low: Tensor, high: Tensor, num_levels: int
 ) -> tuple[Tensor, Tensor]:
-    theirs = HistogramObserver(bins=counts.numel())
-    theirs.histogram.copy_(counts)
-    theirs.min_val.copy_(low)
-    theirs.max_val.copy_(high)
-    theirs.dst_nbins = num_levels
-    return theirs._non_linear_param_search()
+    """Taken once for all backends: it is slow."""
+    return _search_of_torch(tuple(counts.tolist()), float(low), float(high), num_levels)
+
+
+def _taken_one_by_one(value: float, step: float) -> Tensor:
+    values = [value]
+    while 0 <= values[-1] <= 1:
+        values.append(values[-1] + step)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+ALPHAS, BETAS = _taken_one_by_one(0.0, 1e-5), _taken_one_by_one(1.0, -1e-5)
+
+
+def error_of(
+    counts: Tensor, width: float, start: int, end: int, num_levels: int
+) -> float:  # as torch.ao, but summed without rounding
+    level = width * (end - start + 1) / num_levels
+    begins = (torch.arange(counts.numel()) - start) * width
+    ends = begins + width
+    firsts, lasts = (
+        (edges.double() / torch.tensor(level, dtype=torch.float32).double())
+        .floor()
+        .clamp(0, num_levels - 1)
+        .float()
+        for edges in (begins, ends)
+    )
+    half = torch.tensor(level / 2, dtype=torch.float32)
+
+    def norm(low: Tensor, high: Tensor) -> Tensor:
+        return counts.float() / width * ((high * high * high - low * low * low) / 3)
+
+    error = norm(begins - (firsts + 0.5) * level, half)
+    error += (lasts - firsts - 1) * norm(-half, half)
+    error += norm(-half, ends - (lasts * level + level / 2))
+    return math.fsum(error.tolist())
+
+
+def search_by_steps(counts: Tensor, width: float, num_levels: int) -> tuple[int, int]:
+    """The first and the last bin kept, from every quantile on the way."""
+    total = float(counts.float().sum())
+    lowers, uppers = (ALPHAS * total).float().tolist(), (BETAS * total).float()
+    cumulative = counts.float().cumsum(0).tolist()
+    start, end = 0, counts.numel() - 1
+    a = b = 0
+    best = math.inf
+    while ALPHAS[a] < BETAS[b]:
+        left, right = start, end
+        while left < end and cumulative[left] < lowers[a + 1]:
+            left += 1
+        while right > start and cumulative[right] > uppers[b + 1]:
+            right -= 1
+        if left - start > end - right:
+            span, a = (left, end), a + 1
+        else:
+            span, b = (start, right), b + 1
+        if span == (start, end):
+            # only b moves until the end does: one row of comparisons, not a loop
+            moves = (uppers[b + 1 :] < cumulative[end]).nonzero()
+            if start == end or moves.numel() == 0:
+                break
+            b += int(moves[0])
+            continue
+        error = error_of(counts, width, *span, num_levels)
+        if error > best:
+            break
+        best, (start, end) = error, span
+    return start, end
+
+
+def spans_by_steps(counts: Tensor, widths: list[float], num_levels: int) -> Tensor:
+    with threads(1):  # faster for tensors of this size
+        pairs = zip(counts, widths, strict=True)
+        return torch.tensor([search_by_steps(*pair, num_levels) for pair in pairs]).T
+
+
+def _random_counts(generator: torch.Generator, bins: int) -> Tensor:
+    """Seven histograms: uneven, sparse, fractional, two-valued, with light tails or one peak."""
+    share = torch.rand(7, bins, generator=generator, dtype=torch.float64)
+    at = torch.linspace(-9, 7, bins, dtype=torch.float64).abs()
+    counts = torch.zeros_like(share)
+    counts[0] = (1e5 * share[0] ** 2).floor()
+    counts[1] = (1e6 * share[1] ** 12).floor()
+    counts[2] = (1e3 * share[2] * (share[3] < 0.1)).floor()
+    counts[3] = 1e4 * share[3] ** 6
+    counts[4, 0], counts[4, -1] = 1 + (1e5 * share[4, 0]).floor(), 1 + (99 * share[4, 1]).floor()
+    counts[5] = (1e5 * torch.exp(-3 * share[5, 0] * at)).floor()
+    counts[6] = (30 * share[6]).floor()
+    counts[6, bins // 3] = 1e6
+    counts[:, 0] += 1  # so that none is empty
+    return counts
+
+
+SMALL_SIZES = (2, 3, 7, 8, 9, 12, 16, 17, 24, 31, 40, 65, 130)
+LEVELS = (2, 3, 16, 255, 256, 65536, 2**20)
+
+
+@cache
+def small_searches(bins: int) -> list[tuple[int, list[Tensor], tuple[Tensor, Tensor]]]:
+    """Batches of random histograms, each with a number of levels and what steps one by one find."""
+    generator = torch.Generator().manual_seed(bins)
+    batches = []
+    for num_levels in LEVELS:
+        counts = torch.cat([_random_counts(generator, bins) for _ in range(2)])
+        low = -torch.rand(len(counts), generator=generator)
+        high = low + 10 ** (4 * torch.rand(len(counts), generator=generator) - 2)
+        width = (high.double() - low.double()) / bins
+        mantissas = torch.frexp(width).mantissa.tolist()
+        first, last = spans_by_steps(counts, mantissas, num_levels)
+        step = (high - low) / bins
+        batches.append(
+            (num_levels, [counts, low, high], (low + step * first, low + step * (last + 1)))
+        )
+    return batches
 
 
 def run(
@@ -76,6 +198,77 @@ def test_is_the_search_of_torch(backend: Backend, name: str, num_levels: int) ->
         found = run(backend, *histogram, num_levels)
         assert_all_same(found, search_of_torch(*histogram, num_levels), bins)
         assert histogram[1] <= found[0] < found[1]
+
+
+@pytest.mark.parametrize("bins", SMALL_SIZES)
+def test_is_the_search_by_steps(backend: Backend, bins: int) -> None:
+    for num_levels, histograms, expected in small_searches(bins):
+        assert_all_same(run(backend, *histograms, num_levels), expected, num_levels)
+
+
+@cache
+def peaked_searches() -> list[tuple[int, list[Tensor], tuple[Tensor, Tensor]]]:
+    """A peak that one quantile reaches, also where the kernel's chunks of 128 bins meet."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for bins, places in ((200, (1, 126, 127, 128, 129)), (300, (255, 256, 290))):
+        peaks = [(at, size) for at in places for size in (1, 2, 5)]
+        counts = torch.ones(len(peaks), bins, dtype=torch.float64)
+        for row, (at, size) in zip(counts, peaks, strict=True):
+            row[at : at + size] = 1e9 * torch.rand(size, generator=generator, dtype=torch.float64)
+        low, high = torch.zeros(len(peaks)), torch.full((len(peaks),), bins / 2)
+        for num_levels in (2, 16, 256):
+            first, last = spans_by_steps(counts, [0.5] * len(counts), num_levels)
+            found = (0.5 * first, 0.5 * (last + 1))
+            batches.append((num_levels, [counts, low, high], found))
+    return batches
+
+
+def test_peaks(backend: Backend) -> None:
+    for num_levels, histograms, expected in peaked_searches():
+        assert_all_same(run(backend, *histograms, num_levels), expected, num_levels)
+
+
+def assert_instruction_sets_agree(*inputs: Any) -> None:
+    build = native_status.build
+    before = build.cpu_isa()
+    found = []
+    try:
+        for isa in build.cpu_isas():
+            build.set_cpu_isa(isa)
+            found.append(ops.range_search(*inputs))
+    finally:
+        build.set_cpu_isa(before)
+    for other in found[1:]:
+        assert_all_same(other, found[0], inputs[-1])
+
+
+compiled = pytest.mark.skipif(not native_status.cpu, reason="without compiled kernels")
+
+
+@compiled
+@pytest.mark.parametrize("bins", [5, 8, 33, 100, 256, 1000])
+def test_instruction_sets_agree(bins: int) -> None:
+    """To the last bit, also above 2^20 levels, where the float32 errors are mostly noise."""
+    generator = torch.Generator().manual_seed(bins)
+    counts = torch.cat([_random_counts(generator, bins) for _ in range(10_000 // bins)])
+    low = -torch.rand(len(counts), generator=generator)
+    high = low + 10 ** (4 * torch.rand(len(counts), generator=generator) - 2)
+    for num_levels in (*LEVELS, 2**20 + 1, 2**32):
+        assert_instruction_sets_agree(counts, low, high, num_levels)
+
+
+@compiled
+@pytest.mark.parametrize("num_levels", [4, 12, 16, 64, 256])
+def test_instruction_sets_agree_on_long_searches(num_levels: int) -> None:
+    """Near the least error, where two spans differ by their last bits."""
+    generator = torch.Generator().manual_seed(num_levels)
+    share = torch.rand(60, 1, generator=generator, dtype=torch.float64)
+    at = torch.linspace(-9, 7, 512, dtype=torch.float64).abs()
+    counts = (1e5 * torch.exp(-(0.2 + share) * at)).floor()
+    low = torch.full((60,), -9.0)
+    high = 7 + torch.rand(60, generator=generator)
+    assert_instruction_sets_agree(counts, low, high, num_levels)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 // CPU glue of range_search.
 #include "range_search.h"
 
-#include <array>
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -15,11 +16,12 @@ namespace {
 
 constexpr const char* kOp = "range_search";
 
-// The totals as torch.sum of float32 counts gives them: the search compares quantiles of it with
-// cumulative counts, and a total one rounding off moves it to other bins than torch.ao's. Above
-// this size torch would sum in an order that depends on its threads.
+// Above this size torch would sum in an order that depends on its threads.
 constexpr int32_t kMostBinsForTorchSum = 16384;
 
+// The totals as torch.sum of float32 counts gives them, in an order that depends on the vectors
+// torch was built for: the search compares quantiles of it with cumulative counts, and a total one
+// rounding off moves it to other bins than torch.ao's.
 std::vector<double> totals(const Tensor& counts, int64_t histograms, int32_t bins) {
   std::vector<double> result(histograms);
   if (bins > kMostBinsForTorchSum) {
@@ -27,14 +29,12 @@ std::vector<double> totals(const Tensor& counts, int64_t histograms, int32_t bin
     for (int64_t i = 0; i < histograms * bins; ++i) {
       result[i / bins] += all_counts[i];
     }
-    return result;
-  }
-  const std::array<int64_t, 2> shape = {histograms, bins};
-  const Tensor rows =
-      torch::stable::reshape(torch::stable::to(counts, ScalarType::Float), {shape.data(), 2});
-  for (int64_t i = 0; i < histograms; ++i) {
-    const Tensor sum = torch::stable::sum(torch::stable::select(rows, 0, i));
-    result[i] = static_cast<double>(*const_data<float>(sum));
+  } else if (histograms > 0) {
+    // a row is summed as if it were alone
+    const int64_t last = -1;
+    const Tensor sums = torch::stable::sum(counts, {{&last, 1}}, false, ScalarType::Float);
+    const float* all_sums = const_data<float>(sums);
+    std::copy(all_sums, all_sums + histograms, result.begin());
   }
   return result;
 }
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> range_search(const Tensor& counts, const Tensor& min_
   const auto& table = range_search_table();
   const std::vector<double> all_totals =
       off ? std::vector<double>(histograms) : totals(counts, histograms, bins);
-  const auto search = [&](int64_t i, float* scratch) {
+  const auto search = [&](int64_t i, const SearchScratch& scratch) {
     new_lows[i] = lows[i];
     new_highs[i] = highs[i];
     if (off || !is_finite(lows[i]) || !is_finite(highs[i]) || !(lows[i] < highs[i]) ||
@@ -88,10 +88,14 @@ std::tuple<Tensor, Tensor> range_search(const Tensor& counts, const Tensor& min_
   const int64_t parts =
       std::min<int64_t>(histograms, static_cast<int64_t>(torch::stable::get_num_threads()));
   if (parts > 0) {
-    std::vector<float> scratch(parts * 2 * bins);
+    const int64_t room = bins + kSearchPadding;
+    const std::unique_ptr<float[]> floats(new float[parts * room * 2]);
+    const std::unique_ptr<int32_t[]> ints(new int32_t[parts * room]);
     for_each_part(histograms, parts, 1, [&](int64_t part, int64_t begin, int64_t end) {
+      float* const cumulative = &floats[part * room * 2];
+      const SearchScratch scratch = {cumulative, cumulative + room, &ints[part * room]};
       for (int64_t i = begin; i < end; ++i) {
-        search(i, &scratch[part * 2 * bins]);
+        search(i, scratch);
       }
     });
   }
