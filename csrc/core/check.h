@@ -44,8 +44,7 @@ inline void check_state(const char* op, const char* name, const Tensor& state, c
                         ScalarType dtype) {
   check(dtype_of(state) == dtype, op, ": ", name, ": expected ", torch::headeronly::toString(dtype),
         ", got ", torch::headeronly::toString(dtype_of(state)));
-  check(state.is_cpu() == x.is_cpu() && state.get_device_index() == x.get_device_index(), op, ": ",
-        name, ": expected a tensor on the device of the data");
+  check(on_one_device(state, x), op, ": ", name, ": expected a tensor on the device of the data");
   check(state.is_contiguous(), op, ": ", name, ": expected a contiguous tensor");
 }
 

@@ -27,6 +27,14 @@ inline ScalarType dtype_of(const Tensor& x) {
   return x.scalar_type();
 }
 
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  int32_t type_a = 0, type_b = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &type_a));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &type_b));
+  return type_a == type_b && (type_a == cpu || a.get_device_index() == b.get_device_index());
+}
+
 template <class T>
 inline const T* const_data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_CHANNEL, PER_TENSOR, check_qscheme
 from ..ops.minmax import minmax
@@ -17,23 +18,43 @@ from .base import UniformQuantizationObserverBase, new_full
 class _MinMaxBase(UniformQuantizationObserverBase):
     """Minimum and maximum, folded in by one op; what differs is the update and the axis."""
 
-    _update = "running"
-    _weight = 1.0
-    _axis: int | None = None
+    _update: str
+    ch_axis: int  # of those per channel
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
-        buffers = self._buffers  # nn.Module's own attributes take ten times as long
+        own = self.__dict__  # an attribute of an nn.Module costs a tenth of the call
+        buffers, axis = own["_buffers"], own.get("ch_axis")
+        min_val = buffers["min_val"]
+        if axis is not None and min_val.numel() == 0 and x.numel() > 0:
+            self._observe_first(x, enabled)
+            return
         minmax(
             x,
-            buffers["min_val"],
+            min_val,
             buffers["max_val"],
             buffers["nonfinite_count"],
-            self._axis,
-            self._update,
-            self._weight,
-            self.nonfinite,
+            axis,
+            own["_update"],
+            own.get("averaging_constant", 0.01),
+            own["nonfinite"],
             enabled,
         )
+
+    def _observe_first(self, x: Tensor, enabled: Tensor | None) -> None:
+        """Size the state of the channels, and keep that only where all goes well."""
+        unsized = self.min_val, self.max_val
+        axis = self.ch_axis
+        channels = x.shape[axis] if -x.dim() <= axis < x.dim() else 0
+        self.min_val = new_full(channels, torch.inf, unsized[0])
+        self.max_val = new_full(channels, -torch.inf, unsized[1])
+        try:
+            if channels:
+                self.observe(x, enabled)
+            else:
+                _checks.check_axis("minmax", x, axis)
+        except Exception:
+            self.min_val, self.max_val = unsized
+            raise
 
     def observe_fake_quantize(
         self,
@@ -52,7 +73,8 @@ class _MinMaxBase(UniformQuantizationObserverBase):
             mapping: how scale and zero point are chosen; None: as the observer does.
             observer_enabled, fake_quant_enabled: one element each, read where the data is.
         """
-        buffers = self._buffers
+        own = self.__dict__
+        buffers = own["_buffers"]
         mapping = mapping or self._mapping
         return observe_fake_quantize(
             x,
@@ -62,16 +84,16 @@ class _MinMaxBase(UniformQuantizationObserverBase):
             scale,
             zero_point,
             buffers["eps"],
-            self.quant_min,
-            self.quant_max,
+            own["quant_min"],
+            own["quant_max"],
             observer_enabled,
             fake_quant_enabled,
             mapping,
-            self._axis,
+            own.get("ch_axis"),
             self._symmetric_zero_point if mapping == "symmetric" else 0,
-            self._update,
-            self._weight,
-            self.nonfinite,
+            own["_update"],
+            own.get("averaging_constant", 0.01),
+            own["nonfinite"],
         )
 
 
@@ -114,8 +136,7 @@ class MinMaxObserver(_MinMaxBase):
             **kwargs,
         )
         self.memoryless = memoryless
-        if memoryless:
-            self._update = "memoryless"
+        self._update = "memoryless" if memoryless else "running"
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
         self.register_buffer("min_val", torch.tensor(torch.inf, device=device))
         self.register_buffer("max_val", torch.tensor(-torch.inf, device=device))
@@ -132,9 +153,6 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
 
     Source: ``torch.ao.quantization.MovingAverageMinMaxObserver``.
     """
-
-    _update = "moving_average"
-    _weight = property(lambda self: self.averaging_constant)
 
     def __init__(
         self,
@@ -165,6 +183,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
             **kwargs,
         )
         self.averaging_constant = averaging_constant
+        self._update = "moving_average"
 
 
 @offer_to_hosts
@@ -218,9 +237,8 @@ class PerChannelMinMaxObserver(_MinMaxBase):
             **kwargs,
         )
         self.memoryless = memoryless
-        if memoryless:
-            self._update = "memoryless"
-        self.ch_axis = self._axis = ch_axis
+        self._update = "memoryless" if memoryless else "running"
+        self.ch_axis = ch_axis
         if num_channels is not None and num_channels < 1:
             raise ValueError(
                 f"{type(self).__name__}: num_channels: expected at least 1 or None, "
@@ -230,23 +248,6 @@ class PerChannelMinMaxObserver(_MinMaxBase):
         size = (num_channels or 0,)
         self.register_buffer("min_val", torch.full(size, torch.inf, device=device))
         self.register_buffer("max_val", torch.full(size, -torch.inf, device=device))
-
-    def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
-        if self._buffers["min_val"].numel() == 0 and x.numel() > 0:
-            self._observe_first(x, enabled)
-        else:
-            super().observe(x, enabled)
-
-    def _observe_first(self, x: Tensor, enabled: Tensor | None) -> None:
-        unsized = self.min_val, self.max_val
-        channels = x.shape[self.ch_axis] if -x.dim() <= self.ch_axis < x.dim() else 0
-        self.min_val = new_full(channels, torch.inf, unsized[0])
-        self.max_val = new_full(channels, -torch.inf, unsized[1])
-        try:
-            super().observe(x, enabled)
-        except Exception:
-            self.min_val, self.max_val = unsized
-            raise
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -278,9 +279,6 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
     Source: ``torch.ao.quantization.MovingAveragePerChannelMinMaxObserver``.
     """
 
-    _update = "moving_average"
-    _weight = property(lambda self: self.averaging_constant)
-
     def __init__(
         self,
         averaging_constant: float = 0.01,
@@ -307,6 +305,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
             **kwargs,
         )
         self.averaging_constant = averaging_constant
+        self._update = "moving_average"
 
 
 def _check_averaging_constant(owner: str, averaging_constant: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks
 from ._float32 import to_float32
@@ -197,7 +198,8 @@ def choose_qparams(
             min_val, max_val, scale, zero_point, eps,
             quant_min, quant_max, MAPPING_CODES[mapping], symmetric_zero_point, enabled,
         )  # fmt: skip
-        note_update(scale, zero_point)
+        if not is_compiling():
+            note_update(scale, zero_point)
     except (RuntimeError, OverflowError, KeyError, TypeError):
         code = _checks.code_of("choose_qparams", "mapping", mapping, MAPPINGS)
         _check(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from .. import _checks
 from ._blocks import split
@@ -379,7 +380,8 @@ def _fake_quantize_out(
     except (RuntimeError, OverflowError, TypeError):
         _check_out(x, scale, zero_point, out, *options)
         raise
-    note_update(out)
+    if not is_compiling():
+        note_update(out)
     return out
 
 

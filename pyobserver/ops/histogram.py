@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks
 from ._float32 import to_float32
@@ -214,7 +215,7 @@ _eager = eager_call(_op)
 
 
 @cache
-def _options(combine: str, upsample_rate: int, nonfinite: str) -> Any:
+def _settings(combine: str, upsample_rate: int, nonfinite: str) -> Any:
     given = _COMBINE_CODES[combine], upsample_rate, _checks.NONFINITE_CODES[nonfinite]
     return without_defaults(given, (MIDPOINT, 16, _checks.IGNORE))
 
@@ -260,14 +261,20 @@ def histogram(
     if upsample_rate is None:
         upsample_rate = UPSAMPLE_RATE.get(combine, 16)
     try:
-        if torch.compiler.is_compiling() or enabled is not None:
+        if is_compiling():
             _op(
                 x, counts, min_val, max_val, nonfinite_count, _COMBINE_CODES[combine],
                 upsample_rate, _checks.NONFINITE_CODES[nonfinite], enabled,
             )  # fmt: skip
+            return
+        if enabled is None:
+            settings = _settings(combine, upsample_rate, nonfinite)
+            _eager(x, counts, min_val, max_val, nonfinite_count, *settings)
         else:
-            options = _options(combine, upsample_rate, nonfinite)
-            _eager(x, counts, min_val, max_val, nonfinite_count, *options)
+            _eager(
+                x, counts, min_val, max_val, nonfinite_count, _COMBINE_CODES[combine],
+                upsample_rate, _checks.NONFINITE_CODES[nonfinite], enabled,
+            )  # fmt: skip
         note_update(counts, min_val, max_val, nonfinite_count)
     except (RuntimeError, OverflowError, KeyError, TypeError):
         op = "histogram"
@@ -381,7 +388,8 @@ def histogram_combine(
     histograms = counts, min_val, max_val, other_counts, other_min_val, other_max_val
     try:
         _op_combine(*histograms, _COMBINE_CODES[combine], upsample_rate)
-        note_update(counts, min_val, max_val)
+        if not is_compiling():
+            note_update(counts, min_val, max_val)
     except (RuntimeError, OverflowError, KeyError, TypeError):
         code = _checks.code_of("histogram_combine", "combine", combine, COMBINES)
         _check_histogram_combine(*histograms, code, upsample_rate)

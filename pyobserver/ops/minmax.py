@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks
 from ._blocks import split
@@ -157,7 +158,7 @@ _eager = eager_call(_op)
 
 
 @cache
-def _options(axis: int | None, update: str, averaging_constant: float, nonfinite: str) -> Any:
+def _settings(axis: int | None, update: str, averaging_constant: float, nonfinite: str) -> Any:
     given = axis, UPDATE_CODES[update], averaging_constant, _checks.NONFINITE_CODES[nonfinite]
     return without_defaults(given, (None, RUNNING, 0.01, _checks.IGNORE))
 
@@ -204,14 +205,20 @@ def minmax(
     and MovingAverageMinMaxObserver; the blocks are those of torchao's quantization primitives.
     """
     try:
-        if torch.compiler.is_compiling() or enabled is not None or block_size is not None:
+        if is_compiling():
             _op(
                 x, min_val, max_val, nonfinite_count, axis, UPDATE_CODES[update],
                 averaging_constant, _checks.NONFINITE_CODES[nonfinite], enabled, block_size,
             )  # fmt: skip
+            return
+        if enabled is None and block_size is None:
+            settings = _settings(axis, update, averaging_constant, nonfinite)
+            _eager(x, min_val, max_val, nonfinite_count, *settings)
         else:
-            options = _options(axis, update, averaging_constant, nonfinite)
-            _eager(x, min_val, max_val, nonfinite_count, *options)
+            _eager(
+                x, min_val, max_val, nonfinite_count, axis, UPDATE_CODES[update],
+                averaging_constant, _checks.NONFINITE_CODES[nonfinite], enabled, block_size,
+            )  # fmt: skip
         note_update(min_val, max_val, nonfinite_count)
     except (RuntimeError, OverflowError, KeyError, TypeError):
         code = _checks.code_of("minmax", "nonfinite", nonfinite, _checks.NONFINITE)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks
 from ._library import (
@@ -188,13 +188,9 @@ _eager = eager_call(_op)
 
 
 def _observe_and_quantize(x: Tensor, *args: Any) -> Tensor:
-    if needs_gradient(x):
-        y = StraightThrough.apply(_op_mask, x, *args)
-    elif torch.compiler.is_compiling():
-        y = _op(x, *args)
-    else:
-        y = _eager(x, *args)
-    note_update(*args[:5])
+    y = StraightThrough.apply(_op_mask, x, *args) if needs_gradient(x) else _op(x, *args)
+    if not is_compiling():
+        note_update(*args[:5])
     return y
 
 
@@ -213,7 +209,7 @@ def _coded(
 
 
 @cache
-def _options(*options: Any) -> Any:
+def _settings(*options: Any) -> Any:
     return without_defaults(
         _coded(*options), (AFFINE, None, 0, MOVING_AVERAGE, 0.01, _checks.IGNORE)
     )
@@ -270,20 +266,22 @@ def observe_fake_quantize(
     alone (its scale is that of the mappings ``"fused_affine"`` and ``"fused_symmetric"``).
     """
     try:
-        if torch.compiler.is_compiling() or block_size is not None:
-            options = _coded(
-                mapping, axis, symmetric_zero_point, update, averaging_constant, nonfinite
-            )
-            if block_size is not None:
-                options = (*options, block_size)
-        else:
-            options = _options(
-                mapping, axis, symmetric_zero_point, update, averaging_constant, nonfinite
-            )
-        return _observe_and_quantize(
+        coded = mapping, axis, symmetric_zero_point, update, averaging_constant, nonfinite
+        compiling = is_compiling()
+        settings = _coded(*coded) if compiling else _settings(*coded)
+        if block_size is not None:
+            settings = (*_coded(*coded), block_size)
+        if compiling or needs_gradient(x):
+            return _observe_and_quantize(
+                x, min_val, max_val, nonfinite_count, scale, zero_point, eps, quant_min, quant_max,
+                observer_enabled, fake_quant_enabled, *settings,
+            )  # fmt: skip
+        y = _eager(
             x, min_val, max_val, nonfinite_count, scale, zero_point, eps, quant_min, quant_max,
-            observer_enabled, fake_quant_enabled, *options,
+            observer_enabled, fake_quant_enabled, *settings,
         )  # fmt: skip
+        note_update(min_val, max_val, nonfinite_count, scale, zero_point)
+        return y
     except (RuntimeError, OverflowError, AttributeError, TypeError, KeyError):
         code = _checks.code_of(_OP, "nonfinite", nonfinite, _checks.NONFINITE)
         _check(
