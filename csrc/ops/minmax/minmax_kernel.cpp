@@ -67,22 +67,19 @@ template <class T>
 using VectorExtremes =
     Extremes<Vector<typename BitsOf<T>::Signed>, Vector<typename BitsOf<T>::Unsigned>>;
 
-// False where there are NaN or infinities, and the range is then not set.
+// False where there are NaN or infinities, and the range is then of no use.
 template <class T>
 PYOBS_HD bool finite_range(const BitsExtremes<T>& found, Range* range) {
   using Unsigned = typename BitsOf<T>::Unsigned;
   constexpr Unsigned kInfinity = BitsOf<T>::infinity;
   constexpr Unsigned kSign = static_cast<Unsigned>(Unsigned{1} << (8 * sizeof(Unsigned) - 1));
-  if (found.most_signed >= static_cast<typename BitsOf<T>::Signed>(kInfinity) ||
-      found.most >= static_cast<Unsigned>(kInfinity | kSign)) {
-    return false;
-  }
   const bool some_negative = found.most >= kSign;
   const bool some_positive = found.most_signed >= 0;
   range->low = value_of_bits<T>(some_negative ? found.most : found.least);
   range->high =
       value_of_bits<T>(some_positive ? static_cast<Unsigned>(found.most_signed) : found.least);
-  return true;
+  return (found.most_signed < static_cast<typename BitsOf<T>::Signed>(kInfinity)) &
+         (found.most < static_cast<Unsigned>(kInfinity | kSign));
 }
 
 // n >= vectors * lanes; the last vectors overlap those before, which changes no extreme.
@@ -117,6 +114,7 @@ PYOBS_HD BitsExtremes<T> extremes_of_run(const T* x, int64_t n) {
           fold_lanes<Unsigned>(found[0].least, least_of)};
 }
 
+// n >= 1
 template <class T>
 PYOBS_HD BitsExtremes<T> extremes_of(const T* x, int64_t n) {
   constexpr int64_t kLanes = kVectorBytes / sizeof(T);
@@ -130,14 +128,12 @@ PYOBS_HD BitsExtremes<T> extremes_of(const T* x, int64_t n) {
     return extremes_of_run<T, 1>(x, n);
   }
   BitsExtremes<T> found;
-  for (int64_t i = 0; i < n; ++i) {
-    typename BitsOf<T>::Unsigned bits;
+  typename BitsOf<T>::Unsigned bits;
+  __builtin_memcpy(&bits, x, sizeof(bits));
+  found.start(bits);
+  for (int64_t i = 1; i < n; ++i) {
     __builtin_memcpy(&bits, x + i, sizeof(bits));
-    if (i == 0) {
-      found.start(bits);
-    } else {
-      found.take(bits);
-    }
+    found.take(bits);
   }
   return found;
 }
@@ -159,7 +155,7 @@ PYOBS_HD void merge_value(float value, float* low, float* high, int32_t* nonfini
 
 // Values that may not be finite; returns how many are not.
 template <class T, bool finite_only>
-int64_t merge_values(const T* x, int64_t n, Range* range) {
+__attribute__((noinline)) int64_t merge_values(const T* x, int64_t n, Range* range) {
   constexpr int kLanes = 16;
   float low[kLanes], high[kLanes];
   int32_t nonfinite[kLanes];
@@ -168,14 +164,14 @@ int64_t merge_values(const T* x, int64_t n, Range* range) {
     high[lane] = range->high;
     nonfinite[lane] = 0;
   }
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (int64_t whole = n / kLanes; whole > 0; --whole) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      merge_value<finite_only>(to_float(x[i + lane]), &low[lane], &high[lane], &nonfinite[lane]);
+      merge_value<finite_only>(to_float(x[lane]), &low[lane], &high[lane], &nonfinite[lane]);
     }
+    x += kLanes;
   }
-  for (; i < n; ++i) {
-    merge_value<finite_only>(to_float(x[i]), &low[0], &high[0], &nonfinite[0]);
+  for (int lane = 0; lane < static_cast<int>(n % kLanes); ++lane) {
+    merge_value<finite_only>(to_float(x[lane]), &low[lane], &high[lane], &nonfinite[lane]);
   }
   int64_t total = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -186,20 +182,13 @@ int64_t merge_values(const T* x, int64_t n, Range* range) {
 }
 
 template <class T>
-int64_t merge_run(const T* x, int64_t n, bool finite_only, Range* range) {
-  constexpr int64_t kStretch = 65536 / sizeof(T);  // stays in the cache for a second look
-  int64_t nonfinite = 0;
-  for (int64_t start = 0; start < n; start += kStretch) {
-    const int64_t count = minimum(n - start, kStretch);
-    Range found;
-    if (finite_range<T>(extremes_of(x + start, count), &found)) {
-      *range = merge(*range, found);
-    } else {
-      nonfinite += finite_only ? merge_values<T, true>(x + start, count, range)
-                               : merge_values<T, false>(x + start, count, range);
-    }
+PYOBS_HD int64_t merge_stretch(const T* x, int64_t n, bool finite_only, Range* range) {
+  Range found;
+  if (finite_range<T>(extremes_of(x, n), &found)) {
+    *range = merge(*range, found);
+    return 0;
   }
-  return nonfinite;
+  return finite_only ? merge_values<T, true>(x, n, range) : merge_values<T, false>(x, n, range);
 }
 
 struct Channels {
@@ -210,8 +199,14 @@ struct Channels {
 
 template <class T>
 PYOBS_HD int64_t merge_channel(const T* x, int64_t n, const Channels& channels, int64_t channel) {
+  constexpr int64_t kStretch = 65536 / sizeof(T);  // stays in the cache for a second look
   Range range = {channels.lows[channel], channels.highs[channel]};
-  const int64_t nonfinite = merge_run(x, n, channels.finite_only, &range);
+  int64_t nonfinite = 0;
+  for (; n > kStretch; n -= kStretch) {
+    nonfinite += merge_stretch(x, kStretch, channels.finite_only, &range);
+    x += kStretch;
+  }
+  nonfinite += merge_stretch(x, n, channels.finite_only, &range);
   channels.lows[channel] = range.low;
   channels.highs[channel] = range.high;
   return nonfinite;
@@ -234,62 +229,113 @@ int64_t merge_runs(const T* x, int64_t n, int64_t position, const Channels& chan
   return nonfinite;
 }
 
-// Short runs that repeat, as the columns of a matrix: a few vectors of columns go down many rows.
-// A period narrower than these vectors is taken several times in a row.
-constexpr int kColumnVectors = 4;
-constexpr int64_t kBlockBytes = 1 << 18;  // of rows, which stay in the cache for all columns
+// Short runs that repeat, as the columns of a matrix: a few rows at a time are swept from left to
+// right, so that memory is read in order, and what they have is taken into the columns' extremes.
+constexpr int kRows = 8;
+constexpr int64_t kAhead = 8192;        // bytes
+constexpr int64_t kMostColumns = 1024;  // of one sweep; a wider period takes several
+constexpr int64_t kLeastColumns = 128;  // a narrower one is taken several times in a row
+
+template <class T>
+struct Columns {
+  static constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  typename BitsOf<T>::Signed most_signed[kMostColumns];
+  typename BitsOf<T>::Unsigned most[kMostColumns], least[kMostColumns];
+
+  void load(int64_t at, VectorExtremes<T>* found) const {
+    found->most_signed = load_vector<typename BitsOf<T>::Signed>(most_signed + at);
+    found->most = load_vector<typename BitsOf<T>::Unsigned>(most + at);
+    found->least = load_vector<typename BitsOf<T>::Unsigned>(least + at);
+  }
+  void store(int64_t at, const VectorExtremes<T>& found) {
+    __builtin_memcpy(most_signed + at, &found.most_signed, kVectorBytes);
+    __builtin_memcpy(most + at, &found.most, kVectorBytes);
+    __builtin_memcpy(least + at, &found.least, kVectorBytes);
+  }
+};
+
+// ahead: what will be read later, and is asked for in the order of memory, which the reads of
+// several rows at a time do not keep. May be null.
+template <class T, int rows>
+PYOBS_HD void sweep(const T* x, int64_t width, int64_t count, bool is_first, const char* ahead,
+                    Columns<T>* columns) {
+  using Unsigned = typename BitsOf<T>::Unsigned;
+  constexpr int64_t kLanes = Columns<T>::kLanes;
+  for (int64_t done = 0; done < count; done += kLanes) {
+    const int64_t at = minimum(done, count - kLanes);  // overlapping changes no extreme
+    if (ahead != nullptr) {
+      for (int64_t line = 0; line < rows * kVectorBytes; line += 64) {
+        __builtin_prefetch(ahead + done * rows * sizeof(T) + line);
+      }
+    }
+    VectorExtremes<T> found;
+    found.start(load_vector<Unsigned>(x + at));
+    for (int row = 1; row < rows; ++row) {
+      found.take(load_vector<Unsigned>(x + row * width + at));
+    }
+    if (!is_first) {
+      VectorExtremes<T> before;
+      columns->load(at, &before);
+      found.merge(before);
+    }
+    columns->store(at, found);
+  }
+}
+
+// The columns [first, first + count) of a matrix of `width` columns.
+template <class T>
+int64_t merge_column_group(const T* x, int64_t rows, int64_t width, int64_t first, int64_t count,
+                           const Channels& channels) {
+  Columns<T> columns;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    const T* from = x + row * width + first;
+    const char* ahead = count == width ? reinterpret_cast<const char*>(from) + kAhead : nullptr;
+    sweep<T, kRows>(from, width, count, row == 0, ahead, &columns);
+  }
+  for (; row < rows; ++row) {
+    sweep<T, 1>(x + row * width + first, width, count, row == 0, nullptr, &columns);
+  }
+  int64_t nonfinite = 0;
+  int64_t channel = first % (channels.count * channels.inner) / channels.inner;
+  int64_t left = channels.inner - first % channels.inner;
+  for (int64_t at = 0; at < count;) {
+    const int64_t end = minimum(at + left, count);
+    BitsExtremes<T> found = {columns.most_signed[at], columns.most[at], columns.least[at]};
+    for (int64_t i = at + 1; i < end; ++i) {
+      found.merge({columns.most_signed[i], columns.most[i], columns.least[i]});
+    }
+    Range range;
+    if (finite_range<T>(found, &range)) {
+      range = merge({channels.lows[channel], channels.highs[channel]}, range);
+      channels.lows[channel] = range.low;
+      channels.highs[channel] = range.high;
+    } else {
+      for (row = 0; row < rows; ++row) {
+        const T* from = x + row * width + first + at;
+        nonfinite += merge_channel(from, end - at, channels, channel);
+      }
+    }
+    at = end;
+    left = channels.inner;
+    channel = channel + 1 == channels.count ? 0 : channel + 1;
+  }
+  return nonfinite;
+}
 
 template <class T>
 int64_t merge_columns(const T* x, int64_t rows, const Channels& channels) {
-  constexpr int64_t kLanes = kVectorBytes / sizeof(T);
-  constexpr int64_t kTile = kColumnVectors * kLanes;
-  using Unsigned = typename BitsOf<T>::Unsigned;
-  using Signed = typename BitsOf<T>::Signed;
   const int64_t period = channels.count * channels.inner;
-  const int64_t repeats = period >= kTile ? 1 : (kTile + period - 1) / period;
+  const int64_t repeats = (kLeastColumns + period - 1) / period;
   const int64_t width = repeats * period;
-  const int64_t most_rows = maximum<int64_t>(1, kBlockBytes / (width * sizeof(T)));
-  int64_t wide_rows = rows / repeats;
+  const int64_t wide_rows = rows / repeats;
   int64_t nonfinite = merge_runs(x + wide_rows * width, (rows % repeats) * period, 0, channels);
-  while (wide_rows > 0) {
-    const int64_t count = minimum(wide_rows, most_rows);
-    for (int64_t done = 0; done < width; done += kTile) {
-      const int64_t first = minimum(done, width - kTile);  // overlapping the last tile but one
-      VectorExtremes<T> found[kColumnVectors];
-      for (int v = 0; v < kColumnVectors; ++v) {
-        found[v].start(load_vector<Unsigned>(x + first + v * kLanes));
-      }
-      for (int64_t row = 1; row < count; ++row) {
-        for (int v = 0; v < kColumnVectors; ++v) {
-          found[v].take(load_vector<Unsigned>(x + row * width + first + v * kLanes));
-        }
-      }
-      int64_t channel = first % period / channels.inner;
-      int64_t left = channels.inner - first % channels.inner;
-      for (int64_t column = 0; column < kTile; ++column) {
-        const auto& vector = found[column / kLanes];
-        const int lane = static_cast<int>(column % kLanes);
-        const BitsExtremes<T> extremes = {static_cast<Signed>(vector.most_signed[lane]),
-                                          static_cast<Unsigned>(vector.most[lane]),
-                                          static_cast<Unsigned>(vector.least[lane])};
-        Range range;
-        if (finite_range<T>(extremes, &range)) {
-          range = merge({channels.lows[channel], channels.highs[channel]}, range);
-          channels.lows[channel] = range.low;
-          channels.highs[channel] = range.high;
-        } else if (first + column >= done) {  // what overlaps was counted
-          for (int64_t row = 0; row < count; ++row) {
-            nonfinite += merge_channel(x + row * width + first + column, 1, channels, channel);
-          }
-        }
-        if (--left == 0) {
-          left = channels.inner;
-          channel = channel + 1 == channels.count ? 0 : channel + 1;
-        }
-      }
-    }
-    x += count * width;
-    wide_rows -= count;
+  for (int64_t first = 0; wide_rows > 0 && first < width;) {
+    int64_t count = minimum(kMostColumns, width - first);
+    const int64_t rest = width - first - count;
+    count -= rest > 0 && rest < kLeastColumns ? kLeastColumns : 0;  // leaving enough for a vector
+    nonfinite += merge_column_group(x, wide_rows, width, first, count, channels);
+    first += count;
   }
   return nonfinite;
 }
@@ -299,13 +345,13 @@ int64_t merge_groups(const T* x, int64_t n, int64_t offset, const Channels& chan
   if (channels.count == 1) {
     return merge_channel(x, n, channels, 0);
   }
-  constexpr int64_t kShortRun = 16;
-  constexpr int64_t kLeastRows = 8;
+  constexpr int64_t kShortRun = 64;
+  constexpr int64_t kFewRows = 8;
   const int64_t period = channels.count * channels.inner;
   const int64_t position = offset % period;
   const int64_t head = minimum(n, position == 0 ? 0 : period - position);
   const int64_t rows = (n - head) / period;
-  if (channels.inner >= kShortRun || rows < kLeastRows) {
+  if (channels.inner >= kShortRun || rows < kFewRows) {
     return merge_runs(x, n, position, channels);
   }
   const int64_t tail = head + rows * period;
