@@ -98,6 +98,10 @@ class Layout {
   // that share no kept value.
   int64_t border;
 
+  // The axes over the pieces, outer to inner; their strides mean nothing.
+  const Axis* over() const { return over_; }
+  int over_count() const { return over_count_; }
+
   // Calls body(data, first, count, offset, base) for the elements [first, first + count) of the
   // walk, which cover [begin, end) in order: data points to the first of them, all in a row; it is
   // element `offset` of its piece, whose kept values begin at `base`.
@@ -123,7 +127,7 @@ class Layout {
 
  private:
   Axis walk_[kMaxAxes];  // merged by where the elements lie
-  Axis over_[kMaxAxes];  // the axes over the pieces; their strides are not used
+  Axis over_[kMaxAxes];
   int walk_count_ = 0, over_count_ = 0;
 
   Layout(const Tensor& x, const Grouping& grouping, bool reduction)

@@ -28,6 +28,8 @@ from .fake_quantize import (
     is_off,
     needs_gradient,
 )
+from .fake_quantize import _op as op_fake_quantize
+from .fake_quantize import _op_mask as op_fake_quantize_mask
 from .fake_quantize import reference as reference_fake_quantize
 from .fake_quantize import reference_mask as reference_fake_quantize_mask
 from .minmax import MOVING_AVERAGE, UPDATE_CODES, UPDATES, check_minmax, finite_minmax
@@ -134,7 +136,9 @@ def reference(
     )  # fmt: skip
     _check(*args)
     _observe(*args)
-    return reference_fake_quantize(
+    # another device may have a kernel for this part
+    quantize = reference_fake_quantize if x.device.type == "cpu" else op_fake_quantize
+    return quantize(
         x, scale, zero_point, quant_min, quant_max, axis, fake_quant_enabled, block_size
     )
 
@@ -166,7 +170,9 @@ def reference_mask(
     )  # fmt: skip
     _check(*args)
     _observe(*args)
-    return reference_fake_quantize_mask(
+    on_cpu = x.device.type == "cpu"
+    quantize = reference_fake_quantize_mask if on_cpu else op_fake_quantize_mask
+    return quantize(
         x, scale, zero_point, quant_min, quant_max, axis, fake_quant_enabled, block_size
     )
 

@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <optional>
-#include <tuple>
 
 #include "../../core/cuda.h"
 #include "fake_quantize_glue.h"
@@ -13,15 +12,51 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// The parameters as they lie on the device.
+// The parameters as they lie on the device, and which of them an element has.
 struct DeviceParams {
+  static constexpr int kMostAxes = 16;  // over the pieces: more than any grid of blocks has
   const float* scale;
   const void* zero_point;
-  ScalarType zero_dtype;
-  int64_t channels, inner;
+  ZeroPointType type;
   const void* enabled;  // may be null
   bool enabled_is_int64;
+  int64_t inner, channels, piece;
+  int over_count;
+  int64_t over_size[kMostAxes], over_group[kMostAxes];
 };
+
+DeviceParams device_params(const FakeQuantizeArgs& args, const Layout& layout) {
+  DeviceParams params;
+  params.scale = const_data<float>(args.scale);
+  params.zero_point = args.zero_point.const_data_ptr();
+  params.type = zero_point_type(args.zero_point);
+  params.enabled = args.enabled.has_value() ? args.enabled->const_data_ptr() : nullptr;
+  params.enabled_is_int64 = args.enabled.has_value() && dtype_of(*args.enabled) == ScalarType::Long;
+  params.inner = layout.inner;
+  params.channels = layout.channels;
+  params.piece = layout.piece;
+  params.over_count = layout.over_count();
+  check(params.over_count <= DeviceParams::kMostAxes, kFakeQuantize,
+        ": block_size: expected blocks over fewer dimensions");
+  for (int i = 0; i < params.over_count; ++i) {
+    params.over_size[i] = layout.over()[i].size;
+    params.over_group[i] = layout.over()[i].group;
+  }
+  return params;
+}
+
+__device__ int64_t group_of(const DeviceParams& p, int64_t i) {
+  if (p.channels == 1 && p.over_count == 0) {
+    return 0;
+  }
+  int64_t group = i % p.piece / p.inner % p.channels;
+  int64_t index = i / p.piece;
+  for (int axis = p.over_count - 1; axis >= 0; --axis) {
+    group += index % p.over_size[axis] * p.over_group[axis];
+    index /= p.over_size[axis];
+  }
+  return group;
+}
 
 __device__ bool switched_off(const DeviceParams& p) {
   if (p.enabled == nullptr) {
@@ -31,21 +66,10 @@ __device__ bool switched_off(const DeviceParams& p) {
                             : *static_cast<const uint8_t*>(p.enabled) == 0;
 }
 
-__device__ double read_zero_point(const DeviceParams& p, int64_t channel) {
-  switch (p.zero_dtype) {
-    case ScalarType::Float:
-      return static_cast<const float*>(p.zero_point)[channel];
-    case ScalarType::Int:
-      return static_cast<const int32_t*>(p.zero_point)[channel];
-    default:
-      return static_cast<double>(static_cast<const int64_t*>(p.zero_point)[channel]);
-  }
-}
-
+// y may be x: each thread reads what it writes.
 template <class T>
-__global__ void forward_kernel(const T* __restrict__ x, T* __restrict__ y,
-                               uint8_t* __restrict__ mask, int64_t n, DeviceParams params,
-                               QuantGrid grid) {
+__global__ void forward_kernel(const T* x, T* y, uint8_t* __restrict__ mask, int64_t n,
+                               DeviceParams params, QuantGrid grid) {
   const bool off = switched_off(params);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   // whole warps, so that every ballot has all its lanes
@@ -54,9 +78,9 @@ __global__ void forward_kernel(const T* __restrict__ x, T* __restrict__ y,
        i += step) {
     bool inside = false;
     if (i < n) {
-      const int64_t channel = params.channels == 1 ? 0 : i / params.inner % params.channels;
-      const float scale = params.scale[channel];
-      const double zero_point = read_zero_point(params, channel);
+      const int64_t group = group_of(params, i);
+      const float scale = params.scale[group];
+      const double zero_point = read_zero_point(params.zero_point, params.type, group);
       const auto q =
           to_grid(widen(x[i]), 1.0f / scale, static_cast<float>(zero_point), grid.float_zero_point);
       T value;
@@ -65,7 +89,11 @@ __global__ void forward_kernel(const T* __restrict__ x, T* __restrict__ y,
       } else {
         from_float(from_grid(q, scale, static_cast<float>(zero_point), grid, &inside), &value);
       }
-      y[i] = off ? x[i] : value;
+      if (!off) {
+        y[i] = value;
+      } else if (x != y) {
+        y[i] = x[i];
+      }
       inside |= off;
     }
     if (mask != nullptr) {
@@ -96,39 +124,33 @@ __global__ void backward_kernel(const T* __restrict__ grad, const uint8_t* __res
 
 }  // namespace
 
-Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
-                             int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
-                             const std::optional<Tensor>& enabled, uint8_t* mask) {
-  const DType dtype = input_dtype(kFakeQuantize, "x", x);
-  const int64_t channel_axis = axis.has_value() ? check_axis(kFakeQuantize, x, *axis) : -1;
-  check_grid_params(kFakeQuantize, x, scale, zero_point, quant_min, quant_max, channel_axis);
-  check_switch(kFakeQuantize, "enabled", enabled, x);
-  Tensor y = empty_output(x);
-  const int64_t n = x.numel();
+Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
+  const DType dtype = input_dtype(op, "x", args.x);
+  check_grid_params(op, args.x, args.scale, args.zero_point, args.quant_min, args.quant_max,
+                    args.grouping);
+  check_switch(op, "enabled", args.enabled, args.x);
+  const int64_t n = args.x.numel();
+  const bool dense = n > 0 && Layout::of_output(args.x, {}).dense;
+  if (args.out != nullptr) {
+    check_out(op, args.x, *args.out, dense);
+  }
+  Tensor y = args.out != nullptr ? *args.out : empty_output(args.x, dense);
   if (n == 0) {
     return y;
   }
-  const DenseInput input(x, channel_axis);
-  const ScalarType zero_dtype = dtype_of(zero_point);
-  const DeviceParams params = {
-      const_data<float>(scale),
-      zero_point.const_data_ptr(),
-      zero_dtype,
-      input.channels,
-      input.inner,
-      enabled.has_value() ? enabled->const_data_ptr() : nullptr,
-      enabled.has_value() && dtype_of(*enabled) == ScalarType::Long,
-  };
-  const QuantGrid grid =
-      quant_grid(dtype, quant_min, quant_max, channel_axis >= 0, zero_dtype == ScalarType::Float);
+  const Tensor x = dense ? args.x : torch::stable::contiguous(args.x);
+  const DeviceParams params = device_params(args, Layout::of_output(x, args.grouping));
+  const bool per_group = args.grouping.axis >= 0 || args.grouping.block_size != nullptr;
+  const QuantGrid grid = quant_grid(dtype, args.quant_min, args.quant_max, per_group,
+                                    params.type == ZeroPointType::float32);
   const CudaLaunch launch(x, n, kThreads);
   void* to = y.mutable_data_ptr();
-  dispatch(dtype, input.tensor.const_data_ptr(), [&](const auto* from) {
+  dispatch(dtype, x.const_data_ptr(), [&](const auto* from) {
     using T = typename Pointee<decltype(from)>::type;
     forward_kernel<T><<<launch.blocks, kThreads, 0, launch.stream>>>(from, static_cast<T*>(to),
-                                                                     mask, n, params, grid);
+                                                                     args.mask, n, params, grid);
   });
-  check_launch(kFakeQuantize);
+  check_launch(op);
   return y;
 }
 
@@ -137,7 +159,7 @@ namespace {
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
   const DType dtype = input_dtype(kFakeQuantizeBackward, "grad", grad);
   check_backward(kFakeQuantizeBackward, grad, mask);
-  Tensor out = empty_output(grad);
+  Tensor out = empty_output(grad, grad.numel() > 0);
   const int64_t n = grad.numel();
   if (n == 0) {
     return out;
@@ -159,6 +181,7 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyobserver, CUDA, m) {
   m.impl("_fake_quantize", TORCH_BOX(&pyobserver::fake_quantize));
+  m.impl("_fake_quantize_out", TORCH_BOX(&pyobserver::fake_quantize_out));
   m.impl("_fake_quantize_mask", TORCH_BOX(&pyobserver::fake_quantize_mask));
   m.impl("_fake_quantize_backward", TORCH_BOX(&pyobserver::fake_quantize_backward));
 }

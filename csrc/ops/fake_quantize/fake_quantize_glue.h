@@ -76,7 +76,8 @@ inline Tensor empty_mask(const Tensor& x) {
 
 // An output that the caller gives: x itself, or a tensor laid out as the op would make it.
 inline void check_out(const char* op, const Tensor& x, const Tensor& out, bool dense) {
-  const bool alike = dtype_of(out) == dtype_of(x) && on_one_device(out, x) && out.sizes() == x.sizes() &&
+  const bool alike = dtype_of(out) == dtype_of(x) && on_one_device(out, x) &&
+                     out.sizes() == x.sizes() &&
                      (dense ? out.strides() == x.strides() : out.is_contiguous());
   check(alike, op,
         ": out: expected x's shape, dtype and device, and its strides (contiguous where "
