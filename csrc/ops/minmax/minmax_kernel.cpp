@@ -282,6 +282,51 @@ PYOBS_HD void sweep(const T* x, int64_t width, int64_t count, bool is_first, con
   }
 }
 
+// Calls body(begin, end, &range) for the columns of each channel in [first, first + count), counted
+// from the first.
+template <class Body>
+PYOBS_HD void for_each_channel(int64_t first, int64_t count, const Channels& channels,
+                               const Body& body) {
+  int64_t channel = first % (channels.count * channels.inner) / channels.inner;
+  int64_t left = channels.inner - first % channels.inner;
+  for (int64_t begin = 0; begin < count;) {
+    const int64_t end = minimum(begin + left, count);
+    Range range = {channels.lows[channel], channels.highs[channel]};
+    body(begin, end, &range);
+    channels.lows[channel] = range.low;
+    channels.highs[channel] = range.high;
+    begin = end;
+    left = channels.inner;
+    channel = channel + 1 == channels.count ? 0 : channel + 1;
+  }
+}
+
+// Columns whose values may not be finite; returns how many are not.
+template <class T, bool finite_only>
+__attribute__((noinline)) int64_t merge_column_values(const T* x, int64_t rows, int64_t width,
+                                                      int64_t first, int64_t count,
+                                                      const Channels& channels) {
+  float low[kMostColumns], high[kMostColumns];
+  for (int64_t i = 0; i < count; ++i) {
+    low[i] = empty_range().low;
+    high[i] = empty_range().high;
+  }
+  int64_t nonfinite = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    int32_t of_row = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      merge_value<finite_only>(to_float(x[row * width + first + i]), &low[i], &high[i], &of_row);
+    }
+    nonfinite += of_row;
+  }
+  for_each_channel(first, count, channels, [&](int64_t begin, int64_t end, Range* range) {
+    for (int64_t i = begin; i < end; ++i) {
+      *range = merge(*range, {low[i], high[i]});
+    }
+  });
+  return nonfinite;
+}
+
 // The columns [first, first + count) of a matrix of `width` columns.
 template <class T>
 int64_t merge_column_group(const T* x, int64_t rows, int64_t width, int64_t first, int64_t count,
@@ -296,31 +341,26 @@ int64_t merge_column_group(const T* x, int64_t rows, int64_t width, int64_t firs
   for (; row < rows; ++row) {
     sweep<T, 1>(x + row * width + first, width, count, row == 0, nullptr, &columns);
   }
-  int64_t nonfinite = 0;
-  int64_t channel = first % (channels.count * channels.inner) / channels.inner;
-  int64_t left = channels.inner - first % channels.inner;
-  for (int64_t at = 0; at < count;) {
-    const int64_t end = minimum(at + left, count);
-    BitsExtremes<T> found = {columns.most_signed[at], columns.most[at], columns.least[at]};
-    for (int64_t i = at + 1; i < end; ++i) {
-      found.merge({columns.most_signed[i], columns.most[i], columns.least[i]});
+  bool all_finite = true;
+  for_each_channel(first, count, channels, [&](int64_t begin, int64_t end, Range* range) {
+    BitsExtremes<T> extremes = {columns.most_signed[begin], columns.most[begin],
+                                columns.least[begin]};
+    for (int64_t i = begin + 1; i < end; ++i) {
+      extremes.merge({columns.most_signed[i], columns.most[i], columns.least[i]});
     }
-    Range range;
-    if (finite_range<T>(found, &range)) {
-      range = merge({channels.lows[channel], channels.highs[channel]}, range);
-      channels.lows[channel] = range.low;
-      channels.highs[channel] = range.high;
+    Range found;
+    if (finite_range<T>(extremes, &found)) {
+      *range = merge(*range, found);
     } else {
-      for (row = 0; row < rows; ++row) {
-        const T* from = x + row * width + first + at;
-        nonfinite += merge_channel(from, end - at, channels, channel);
-      }
+      all_finite = false;
     }
-    at = end;
-    left = channels.inner;
-    channel = channel + 1 == channels.count ? 0 : channel + 1;
+  });
+  if (all_finite) {
+    return 0;
   }
-  return nonfinite;
+  return channels.finite_only
+             ? merge_column_values<T, true>(x, rows, width, first, count, channels)
+             : merge_column_values<T, false>(x, rows, width, first, count, channels);
 }
 
 template <class T>
