@@ -37,6 +37,12 @@ inline void for_each_part(int64_t size, int64_t parts, int64_t multiple, const B
   });
 }
 
+// The distance of the rows of an array that threads write to, each its own: no two in a cache line.
+inline int64_t row_stride(int64_t size, int64_t element_size) {
+  const int64_t line = 128 / element_size;
+  return (size + line - 1) / line * line;
+}
+
 // An array of a size known at run time; a small one costs no allocation. Not initialized.
 template <class T, int64_t small = 64>
 class Scratch {

@@ -127,7 +127,7 @@ class BinCounts {
   BinCounts(const Layout& layout, int32_t bins)
       : layout_(layout),
         bins_(bins),
-        stride_(bins + 1),
+        stride_(row_stride(bins + 1, sizeof(uint32_t))),
         parts_(std::max(part_count(layout.numel), layout.numel / kMostOfPart + 1)),
         copies_(layout.numel / parts_ >= 16 * int64_t{bins} ? 2 : 1),
         counts_(parts_ * copies_ * stride_) {}

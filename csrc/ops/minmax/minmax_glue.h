@@ -44,18 +44,21 @@ inline int64_t group_ranges(DType dtype, const void* data, const Layout& layout,
     }
     const int64_t period = layout.channels * layout.inner;
     const int64_t multiple = layout.numel / period >= 4 * parts ? period : 64;
-    Scratch<float> part_lows(parts * groups), part_highs(parts * groups);
-    std::fill_n(part_lows.data(), parts * groups, empty_range().low);
-    std::fill_n(part_highs.data(), parts * groups, empty_range().high);
+    const int64_t stride = row_stride(groups, sizeof(float));
+    Scratch<float> part_lows(parts * stride), part_highs(parts * stride);
+    std::fill_n(part_lows.data(), parts * stride, empty_range().low);
+    std::fill_n(part_highs.data(), parts * stride, empty_range().high);
     for_each_part(layout.numel, parts, multiple, [&](int64_t part, int64_t begin, int64_t end) {
       nonfinite[part] =
-          reduce(begin, end, part_lows.data() + part * groups, part_highs.data() + part * groups);
+          reduce(begin, end, part_lows.data() + part * stride, part_highs.data() + part * stride);
     });
-    for (int64_t i = 0; i < parts * groups; ++i) {
-      const Range range =
-          merge({lows[i % groups], highs[i % groups]}, {part_lows[i], part_highs[i]});
-      lows[i % groups] = range.low;
-      highs[i % groups] = range.high;
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t i = 0; i < groups; ++i) {
+        const Range range = merge({lows[i], highs[i]},
+                                  {part_lows[part * stride + i], part_highs[part * stride + i]});
+        lows[i] = range.low;
+        highs[i] = range.high;
+      }
     }
   }
   int64_t total = 0;
