@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -214,7 +214,7 @@ _op = define(
 _eager = eager_call(_op)
 
 
-@cache
+@lru_cache(maxsize=128, typed=True)
 def _settings(combine: str, upsample_rate: int, nonfinite: str) -> Any:
     given = _COMBINE_CODES[combine], upsample_rate, _checks.NONFINITE_CODES[nonfinite]
     return without_defaults(given, (MIDPOINT, 16, _checks.IGNORE))

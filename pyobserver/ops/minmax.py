@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ _op = define(
 _eager = eager_call(_op)
 
 
-@cache
+@lru_cache(maxsize=128, typed=True)
 def _settings(axis: int | None, update: str, averaging_constant: float, nonfinite: str) -> Any:
     given = axis, UPDATE_CODES[update], averaging_constant, _checks.NONFINITE_CODES[nonfinite]
     return without_defaults(given, (None, RUNNING, 0.01, _checks.IGNORE))

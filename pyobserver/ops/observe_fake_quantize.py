@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -214,7 +214,7 @@ def _coded(
     )  # fmt: skip
 
 
-@cache
+@lru_cache(maxsize=128, typed=True)
 def _settings(*options: Any) -> Any:
     return without_defaults(
         _coded(*options), (AFFINE, None, 0, MOVING_AVERAGE, 0.01, _checks.IGNORE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate, repeat
 from typing import Any
 
@@ -62,7 +62,7 @@ def _error(density: Tensor, bin_width: float, start: int, end: int, num_levels: 
     return float(total.double().sum())
 
 
-@cache
+@lru_cache(maxsize=128, typed=True)
 def _upper_quantiles() -> array[float]:
     """What 1 is after each step down, as steps taken one by one round it; the last is below 0."""
     return array("d", accumulate(repeat(-_STEP, round(1 / _STEP) + 1), initial=1.0))
