@@ -114,13 +114,13 @@ PYOBS_HD BitsExtremes<T> extremes_of_run(const T* x, int64_t n) {
           fold_lanes<Unsigned>(found[0].least, least_of)};
 }
 
-// n >= 1
 template <class T>
-PYOBS_HD BitsExtremes<T> extremes_of(const T* x, int64_t n) {
+constexpr int64_t kLong = 16 * kVectorBytes / static_cast<int64_t>(sizeof(T));
+
+// 1 <= n < kLong
+template <class T>
+PYOBS_HD BitsExtremes<T> extremes_of_short(const T* x, int64_t n) {
   constexpr int64_t kLanes = kVectorBytes / sizeof(T);
-  if (n >= 16 * kLanes) {
-    return extremes_of_run<T, 4>(x, n);
-  }
   if (n >= 2 * kLanes) {
     return extremes_of_run<T, 2>(x, n);
   }
@@ -182,13 +182,32 @@ __attribute__((noinline)) int64_t merge_values(const T* x, int64_t n, Range* ran
 }
 
 template <class T>
-PYOBS_HD int64_t merge_stretch(const T* x, int64_t n, bool finite_only, Range* range) {
-  Range found;
-  if (finite_range<T>(extremes_of(x, n), &found)) {
-    *range = merge(*range, found);
+PYOBS_HD int64_t merge_found(const BitsExtremes<T>& found, const T* x, int64_t n, bool finite_only,
+                             Range* range) {
+  Range finite;
+  if (finite_range<T>(found, &finite)) {
+    *range = merge(*range, finite);
     return 0;
   }
   return finite_only ? merge_values<T, true>(x, n, range) : merge_values<T, false>(x, n, range);
+}
+
+// Apart from the short runs, whose loop has no registers to spare for it.
+template <class T>
+__attribute__((noinline)) int64_t merge_long(const T* x, int64_t n, bool finite_only,
+                                             Range* range) {
+  constexpr int64_t kStretch = 65536 / sizeof(T);  // stays in the cache for a second look
+  int64_t nonfinite = 0;
+  while (n >= kLong<T>) {
+    const int64_t count = minimum(n, kStretch);
+    nonfinite += merge_found(extremes_of_run<T, 4>(x, count), x, count, finite_only, range);
+    x += count;
+    n -= count;
+  }
+  if (n > 0) {
+    nonfinite += merge_found(extremes_of_short(x, n), x, n, finite_only, range);
+  }
+  return nonfinite;
 }
 
 struct Channels {
@@ -199,14 +218,10 @@ struct Channels {
 
 template <class T>
 PYOBS_HD int64_t merge_channel(const T* x, int64_t n, const Channels& channels, int64_t channel) {
-  constexpr int64_t kStretch = 65536 / sizeof(T);  // stays in the cache for a second look
   Range range = {channels.lows[channel], channels.highs[channel]};
-  int64_t nonfinite = 0;
-  for (; n > kStretch; n -= kStretch) {
-    nonfinite += merge_stretch(x, kStretch, channels.finite_only, &range);
-    x += kStretch;
-  }
-  nonfinite += merge_stretch(x, n, channels.finite_only, &range);
+  const int64_t nonfinite =
+      n >= kLong<T> ? merge_long(x, n, channels.finite_only, &range)
+                    : merge_found(extremes_of_short(x, n), x, n, channels.finite_only, &range);
   channels.lows[channel] = range.low;
   channels.highs[channel] = range.high;
   return nonfinite;
