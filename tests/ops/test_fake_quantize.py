@@ -394,7 +394,7 @@ def test_out_is_an_update_for_autograd(backend: Backend) -> None:
     loss = (weight * x).sum()
     version = x._version
     ops.fake_quantize(x, scale, zero_point, -8, 7, out=x)
-    assert x._version == version + 1
+    assert x._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

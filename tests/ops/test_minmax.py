@@ -222,6 +222,19 @@ def test_blocks_over_threads(
             assert_all_same(state, expected, (x.stride(), count))
 
 
+def test_expanded_over_threads(backend: Backend) -> None:
+    """Read once, by as many threads as its memory is worth; a value counts as often as it is."""
+    row = sprinkled(sample(3 * 32768 + 5))
+    count = 3 * int((~row.isfinite()).sum())
+    finite = row[row.isfinite()]
+    x = row.to(backend.device).expand(3, -1)
+    for parts in (1, 2, 3):
+        state = fresh(device=backend.device)
+        with threads(parts):
+            backend.op("minmax")(x, *state)
+        assert_all_same(state, (finite.min(), finite.max(), torch.tensor(count)), parts)
+
+
 def test_blocks_of_one_index_are_channels(backend: Backend) -> None:
     """A block across all axes but one holds what a channel does."""
     x = sample(SHAPE).to(backend.device)
