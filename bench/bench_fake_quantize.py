@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyobserver.ops import fake_quantize
 
+from .bench_minmax import GROUP, grouped
 from .cases import (
     BY_CHANNELS,
     BY_DTYPE,
@@ -108,10 +109,43 @@ def _make_autograd(size: int, device: str) -> dict[str, Call]:
     return contenders(device, reference, ours) | limit_call("copy_", x)
 
 
+def _make_blocks(size: int, device: str) -> dict[str, Call]:
+    x = grouped(size, device)
+    rows = x.reshape(-1, GROUP)
+    scale, zero_point = _qparams(rows, 0)
+    grid = (x.shape[0], x.shape[1] // GROUP)
+    scales, zero_points = scale.reshape(grid), zero_point.reshape(grid)
+
+    def reference() -> Tensor:
+        y = torch.fake_quantize_per_channel_affine(rows, scale, zero_point, 0, -128, 127)
+        return y.reshape(x.shape)
+
+    def ours() -> Call:
+        return lambda: fake_quantize(x, scales, zero_points, -128, 127, block_size=(1, GROUP))
+
+    return contenders(device, reference, ours) | limit_call("copy_", x)
+
+
+def _make_out(size: int, device: str) -> dict[str, Call]:
+    x = normal((size,), device)
+    scale, zero_point = _qparams(x, None)
+
+    def reference() -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
+
+    def ours() -> Call:
+        out = torch.empty_like(x)
+        return lambda: fake_quantize(x, scale, zero_point, -128, 127, out=out)
+
+    return contenders(device, reference, ours) | limit_call("copy_", x)
+
+
 CASES = [
     _forward("fake_quantize", flat),
     _forward("fake_quantize, axis 0", weight, 0),
     _forward("fake_quantize, axis 1", activation, 1),
+    Case(f"fake_quantize, blocks of {GROUP}", _make_blocks, bytes_moved=8, limit="copy_"),
+    Case("fake_quantize into a given tensor", _make_out, bytes_moved=8, limit="copy_"),
     Case("fake_quantize with mask", _make_mask, bytes_moved=8 + _MASK, limit="copy_"),
     Case("fake_quantize backward", _make_backward, bytes_moved=8 + _MASK, limit="copy_"),
     Case(

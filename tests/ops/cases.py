@@ -57,7 +57,65 @@ SPECIAL: dict[str, list[float]] = {
     "large_equal": [3e10] * 5,
 }
 
-# rows of a table of rejected arguments: a switch of the wrong type, or of two elements
+# sizes of a block for SHAPE: of one element, along each axis, across several, the whole
+BLOCKS = (
+    (1, 1, 1, 1),
+    (1, 1, 1, 3),
+    (1, 1, 5, 1),
+    (1, 4, 1, 1),
+    (6, 1, 1, 1),
+    (2, 2, 5, 1),
+    (3, 4, 1, 3),
+    (1, 2, 5, 3),
+    (2, 4, 5, 3),
+    SHAPE,
+)
+# other shapes, with the sizes of a block: a group of a row, tiles, no dimension, no element
+BLOCKED_SHAPES = (
+    ((4, 64), (1, 32)),
+    ((3, 1032), (1, 8)),
+    ((8, 16), (4, 8)),
+    ((10, 21), (5, 7)),
+    ((35, 39), (5, 13)),
+    ((4, 6, 2), (2, 3, 1)),
+    ((4, 6, 2, 3), (2, 3, 1, 3)),
+    ((4, 6, 2, 3), (1, 3, 2, 1)),
+    ((2, 2, 2, 2, 2, 6), (1, 2, 1, 2, 1, 3)),
+    ((7,), (1,)),
+    ((7,), (7,)),
+    ((), ()),
+    ((0,), (3,)),
+    ((3, 0), (1, 2)),
+)
+# long enough for threads
+LARGE_BLOCKED = (
+    ((300, 512), (1, 32)),
+    ((300, 512), (4, 8)),
+    ((1200, 77), (3, 11)),
+    ((1200, 77), (1200, 7)),
+    ((77, 1200), (7, 1200)),
+    ((77, 1201), (1, 1)),
+    ((77, 1201), (77, 1201)),
+    ((8, 30, 21, 20), (2, 5, 1, 20)),
+    ((8, 30, 21, 20), (4, 1, 7, 2)),
+)
+
+# rows of a table of rejected arguments, of x of shape (2, 3) and axis 1
+REJECTED_BLOCKS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    name: ({"block_size": block_size, "axis": axis}, ValueError, f"block_size: expected {match}")
+    for name, block_size, axis, match in (
+        ("block_short", [3], None, r"a divisor .* \(shape \(2, 3\)\), got \(3,\)"),
+        ("block_long", [1, 1, 3], None, r"a divisor .* got \(1, 1, 3\)"),
+        ("block_empty", [], None, r"a divisor .* got \(\)"),
+        ("block_no_divisor", [1, 2], None, r"a divisor .* got \(1, 2\)"),
+        ("block_above", [1, 6], None, r"a divisor .* got \(1, 6\)"),
+        ("block_zero", [1, 0], None, r"a divisor .* got \(1, 0\)"),
+        ("block_negative", [1, -1], None, r"a divisor .* got \(1, -1\)"),
+        ("block_beside_axis", [1, 3], 1, r"None beside axis=1, got \[1, 3\]"),
+    )
+}
+
+# rows of such a table: a switch of the wrong type, or of two elements
 REJECTED_SWITCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "enabled_dtype": (
         {"enabled": torch.ones(1)},
@@ -88,6 +146,41 @@ def value_lists(bound: float = 1e6) -> st.SearchStrategy[list[float]]:
 def laid_out(layout: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
     shape, view = LAYOUTS[layout]
     return view(sample(shape, dtype, seed).to(device))
+
+
+def grid_of(x: Tensor, block_size: Sequence[int]) -> tuple[int, ...]:
+    return tuple(whole // size for whole, size in zip(x.shape, block_size, strict=True))
+
+
+def in_blocks(x: Tensor, block_size: Sequence[int]) -> Tensor:
+    """A row for each block, in the order of the grid, with its elements in theirs."""
+    if x.numel() == 0:
+        return x.reshape(0, 1)
+    dims = x.dim()
+    for d, size in enumerate(block_size):
+        x = x.unfold(d, size, size)
+    return x.flatten(0, dims - 1).flatten(1) if dims else x.reshape(1, 1)
+
+
+def from_blocks(rows: Tensor, like: Tensor, block_size: Sequence[int]) -> Tensor:
+    """The tensor, shaped as ``like``, of which ``in_blocks`` made the rows."""
+    places = in_blocks(torch.arange(like.numel()).reshape(like.shape), block_size)
+    x = torch.empty(like.shape, dtype=rows.dtype)
+    x.view(-1)[places.reshape(-1)] = rows.reshape(-1)
+    return x
+
+
+def sprinkled(x: Tensor) -> Tensor:
+    """NaN of both signs and infinities here and there, also in the first and the last element."""
+    flat = x.view(-1)
+    for first, step, value in (
+        (0, 4099, torch.nan),
+        (x.numel() - 1, -5003, torch.inf),
+        (3, 7013, -torch.inf),
+        (5, 9973, -torch.nan),
+    ):
+        flat[list(range(x.numel()))[first::step]] = value
+    return x
 
 
 def assert_same(actual: Tensor, expected: Tensor, context: object = "") -> None:

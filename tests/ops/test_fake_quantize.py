@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,21 +15,30 @@ from torch import Tensor
 from pyobserver import ops
 
 from .cases import (
+    BLOCKED_SHAPES,
+    BLOCKS,
     DTYPES,
     LARGE,
+    LARGE_BLOCKED,
     LAYOUTS,
+    REJECTED_BLOCKS,
     REJECTED_SWITCHES,
     SHAPE,
     SIZES,
     SPECIAL,
+    assert_all_same,
     assert_rejected,
     assert_same,
+    from_blocks,
+    grid_of,
+    in_blocks,
     laid_out,
     not_dense_real_float,
     opcheck,
     opcheck_inputs,
     properties,
     sample,
+    sprinkled,
     threads,
     unchanged,
     value_lists,
@@ -76,6 +87,34 @@ def of_torch(
     return torch.where(steps >= 2.0**63, largest, y), inside
 
 
+def of_blocks(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    block_size: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """torch's values of each block as one channel of a matrix, and which lay inside the grid."""
+    x = x.detach().cpu()
+    if x.numel() == 0:
+        return x.contiguous(), torch.empty(x.shape, dtype=torch.bool)
+    grid = scale.reshape(-1), zero_point.reshape(-1), quant_min, quant_max
+    y, inside = of_torch(in_blocks(x, block_size), *grid, 0)
+    return from_blocks(y, x, block_size), from_blocks(inside, x, block_size)
+
+
+def block_qparams(
+    x: Tensor, block_size: Sequence[int], grid: tuple[int, int], zero_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    blocks = grid_of(x, block_size)
+    count = int(np.prod(blocks))
+    scale, zero_point = qparams(*grid, count, zero_dtype)
+    # neighbours far apart, so that a block is not taken for another
+    scale = scale * (1 + torch.arange(count) * 7 % 5)
+    return scale.reshape(blocks), zero_point.reshape(blocks)
+
+
 def packed(inside: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Bit i of the mask is the i-th element in the order of the output's memory."""
     in_memory = torch.empty_strided(inside.shape, strides, dtype=torch.bool).copy_(inside)
@@ -87,13 +126,24 @@ def is_dense(x: Tensor) -> bool:
     return x.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
-def check(backend: Backend, x: Tensor, quantizer: tuple[Any, ...], context: object = "") -> None:
+def check(
+    backend: Backend,
+    x: Tensor,
+    quantizer: tuple[Any, ...],
+    context: object = "",
+    block_size: Sequence[int] | None = None,
+) -> None:
     """The values, their layout, and the mask."""
     arguments = (*(t.to(backend.device) for t in quantizer[:2]), *quantizer[2:])
-    expected, inside = of_torch(x, *quantizer)
+    options: dict[str, Any] = {}
+    if block_size is None:
+        expected, inside = of_torch(x, *quantizer)
+    else:
+        expected, inside = of_blocks(x, *quantizer, block_size)
+        options["block_size"] = block_size
     with unchanged(x, *arguments[:2]):
-        alone = backend.op("_fake_quantize")(x, *arguments)
-        y, mask = backend.op("_fake_quantize_mask")(x, *arguments)
+        alone = backend.op("_fake_quantize")(x, *arguments, **options)
+        y, mask = backend.op("_fake_quantize_mask")(x, *arguments, **options)
     assert_same(y, expected, context)
     assert_same(alone, expected, context)
     strides = x.stride() if is_dense(x) else torch.empty(x.shape).stride()
@@ -120,6 +170,316 @@ def test_layouts(backend: Backend, layout: str, dtype: torch.dtype) -> None:
     for axis in AXES:
         channels = None if axis is None else SHAPE[axis]
         check(backend, x, (*qparams(0, 255, channels, torch.int32), 0, 255, axis), axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_of_layouts(backend: Backend, layout: str, dtype: torch.dtype) -> None:
+    x = laid_out(layout, dtype, backend.device)
+    for block_size in BLOCKS:
+        quantizer = (*block_qparams(x, block_size, (0, 15), torch.int32), 0, 15)
+        check(backend, x, quantizer, block_size, block_size)
+
+
+@pytest.mark.parametrize(("shape", "block_size"), BLOCKED_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks(
+    backend: Backend, shape: tuple[int, ...], block_size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Also of values that are not finite, and on grids whose integers float32 does not hold."""
+    x = sample(shape, dtype)
+    if x.numel():
+        sprinkled(x)
+    for zero_dtype, grid in (
+        (torch.int32, (-8, 7)),
+        (torch.int64, (0, 255)),
+        (torch.int32, (-(2**31), 2**31 - 1)),
+        (torch.float32, (0, 15)),
+    ):
+        quantizer = (*block_qparams(x, block_size, grid, zero_dtype), *grid)
+        check(backend, x.to(backend.device), quantizer, (zero_dtype, grid), block_size)
+
+
+@cache
+def large_blocked(
+    shape: tuple[int, ...], block_size: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Values, their quantizer, and what torch makes of them: taken once for all backends."""
+    x = sprinkled(sample(shape, dtype))
+    quantizer = block_qparams(x, block_size, (-8, 7), torch.int32)
+    return x, quantizer, of_blocks(x, *quantizer, -8, 7, block_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "block_size"), LARGE_BLOCKED, ids=str)
+def test_blocks_over_threads(
+    backend: Backend, shape: tuple[int, ...], block_size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    values, quantizer, (expected, inside) = large_blocked(shape, block_size, dtype)
+    given = [t.to(backend.device) for t in quantizer]
+    grad = sample(shape, dtype, 1).to(backend.device)
+    for permuted in (False, True):
+        x = values.permute(*range(len(shape))[::-1]).contiguous() if permuted else values
+        x = x.permute(*range(len(shape))[::-1]) if permuted else x
+        for count in (1, 2, 3) if backend.isa else (1,):
+            with threads(count):
+                y, mask = backend.op("_fake_quantize_mask")(
+                    x.to(backend.device), *given, -8, 7, block_size=block_size
+                )
+                # in the order of memory, as the mask
+                weights = torch.empty_like(y).copy_(grad)
+                result = backend.op("_fake_quantize_backward")(weights, mask)
+            assert_same(y, expected, count)
+            assert_same(mask, packed(inside, y.stride()), count)
+            assert_same(result, grad.cpu() * inside, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mask_at_the_borders_of_blocks(backend: Backend, dtype: torch.dtype) -> None:
+    """Blocks that alternate between all inside and all outside, of every length up to 70."""
+    for length in range(1, 71):
+        x = torch.ones(3, 6 * length, dtype=dtype, device=backend.device)
+        scale = torch.tensor([1.0, 0.01] * 9, device=backend.device).reshape(3, 6)
+        zero_point = torch.zeros(3, 6, dtype=torch.int32, device=backend.device)
+        mask = backend.op("_fake_quantize_mask")(
+            x, scale, zero_point, -8, 7, block_size=(1, length)
+        )[1]
+        inside = (scale.cpu() == 1).repeat_interleave(length, 1)
+        assert_same(mask, packed(inside, (6 * length, 1)), length)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_blocks(backend: Backend, layout: str, entry: str) -> None:
+    values = laid_out(layout, torch.float32, backend.device)
+    weight = sample((3, 5, 4, 6), seed=2).permute(3, 2, 1, 0)
+    for block_size in BLOCKS:
+        quantizer = (*block_qparams(values, block_size, (-8, 7), torch.int32), -8, 7)
+        given = [t.to(backend.device) if isinstance(t, Tensor) else t for t in quantizer]
+        expected, inside = of_blocks(values, *quantizer, block_size)
+        x = values.detach().requires_grad_()
+        y = ENTRIES[entry](x, *given, block_size=block_size)
+        assert_same(y, expected)
+        (gradient,) = torch.autograd.grad(y, x, weight.to(backend.device))
+        assert_same(gradient, weight * inside, block_size)
+
+
+def test_blocks_of_one_index_are_channels(backend: Backend) -> None:
+    x = sample(SHAPE).to(backend.device)
+    for axis in range(4):
+        block_size = [1 if d == axis else size for d, size in enumerate(SHAPE)]
+        scale, zero_point = (t.to(backend.device) for t in qparams(0, 15, SHAPE[axis], torch.int32))
+        grid = grid_of(x, block_size)
+        op = backend.op("_fake_quantize_mask")
+        ours = op(x, scale.view(grid), zero_point.view(grid), 0, 15, block_size=block_size)
+        assert_all_same(ours, op(x, scale, zero_point, 0, 15, axis))
+
+
+def test_blocks_are_those_of_torchao(backend: Backend) -> None:
+    """Its float32 arithmetic, and its float16 and bfloat16 where all of it is exact."""
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    for (shape, block_size), dtype in [
+        (case, dtype) for case in BLOCKED_SHAPES for dtype in (torch.float32, torch.bfloat16)
+    ]:
+        x = sample(shape, dtype)
+        if x.numel() == 0 or x.dim() == 0:
+            continue
+        scale, zero_point = block_qparams(x, block_size, (-8, 7), torch.int32)
+        if dtype == torch.bfloat16:
+            x, scale = x.round(), scale.log2().round().exp2()
+        quantized = primitives._quantize_affine_no_dtype_cast(
+            x.float(), block_size, scale, zero_point, -8, 7
+        )
+        expected = primitives._dequantize_affine_no_dtype_check(
+            quantized, block_size, scale, zero_point, -8, 7
+        )
+        y = backend.op("_fake_quantize")(
+            *(t.to(backend.device) for t in (x, scale, zero_point)), -8, 7, block_size=block_size
+        )
+        # ours may round to a negative zero what is 0 * scale there, or the other way round
+        assert_same(y.cpu() + 0.0, expected.to(dtype) + 0.0, (shape, block_size, dtype))
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_blocks_and_switch(backend: Backend, flag: int) -> None:
+    x = sprinkled(sample((5, 77)))
+    quantizer = (*block_qparams(x, (1, 11), (-8, 7), torch.int32), -8, 7)
+    given = [t.to(backend.device) for t in (x, *quantizer[:2])]
+    enabled = torch.tensor([flag], device=backend.device)
+    y, mask = backend.op("_fake_quantize_mask")(*given, -8, 7, None, enabled, (1, 11))
+    expected, inside = of_blocks(x, *quantizer, (1, 11))
+    assert_same(y, expected if flag else x)
+    assert_same(mask, packed(inside if flag else torch.ones_like(inside), x.stride()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out(backend: Backend, layout: str, dtype: torch.dtype) -> None:
+    """Into another tensor, and where x is dense into x itself."""
+    for options in ({}, {"axis": 1}, {"block_size": (2, 2, 5, 1)}, {"enabled": torch.zeros(1)}):
+        x = laid_out(layout, dtype, backend.device)
+        x = x.clone() if is_dense(x) else x
+        given: dict[str, Any] = dict(options)
+        if "enabled" in given:
+            given["enabled"] = torch.zeros(1, dtype=torch.uint8, device=backend.device)
+        if "block_size" in given:
+            quantizer = block_qparams(x, given["block_size"], (-8, 7), torch.int32)
+        else:
+            quantizer = qparams(-8, 7, 4 if "axis" in given else None, torch.int32)
+        arguments = [t.to(backend.device) for t in quantizer]
+        expected = backend.op("_fake_quantize")(x, *arguments, -8, 7, **given)
+        out = torch.full_like(expected, 5)
+        with unchanged(x):
+            backend.op("_fake_quantize_out")(x, *arguments, out, -8, 7, **given)
+            assert_same(out, expected, options)
+            again = torch.full_like(expected, 5)
+            assert ops.fake_quantize(x, *arguments, -8, 7, **given, out=again) is again
+            assert_same(again, expected, options)
+        if is_dense(x):
+            backend.op("_fake_quantize_out")(x, *arguments, x, -8, 7, **given)
+            assert_same(x, expected, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((LARGE // 4,), {}),
+        ((61, 4099), {"axis": 0}),
+        ((4099, 61), {"axis": 1}),
+        ((410, 640), {"block_size": (1, 32)}),
+        ((410, 640), {"block_size": (5, 8)}),
+    ],
+    ids=str,
+)
+def test_in_place_over_threads(
+    backend: Backend, shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    x = sprinkled(sample(shape, dtype)).to(backend.device)
+    if "block_size" in options:
+        quantizer = block_qparams(x, options["block_size"], (-8, 7), torch.int32)
+    else:
+        axis = options.get("axis")
+        quantizer = qparams(-8, 7, None if axis is None else shape[axis], torch.int32)
+    arguments = [t.to(backend.device) for t in quantizer]
+    expected = backend.op("_fake_quantize")(x, *arguments, -8, 7, **options)
+    for count in (1, 2, 3) if backend.isa else (1,):
+        for values in (x.clone(), x.t().contiguous().t() if x.dim() == 2 else x.clone()):
+            with threads(count):
+                backend.op("_fake_quantize_out")(values, *arguments, values, -8, 7, **options)
+            assert_same(values, expected, count)
+
+
+def test_out_of_other_strides_on_dimensions_of_one(backend: Backend) -> None:
+    """Where x has one index, its stride is nobody's business; that of out is x's."""
+    x = sample((2, 1, 3)).to(backend.device).as_strided((2, 1, 3), (3, 99, 1))
+    scale, zero_point = (t.to(backend.device) for t in qparams(-8, 7, None, torch.int32))
+    out = torch.empty_strided(x.shape, x.stride(), device=backend.device)
+    backend.op("_fake_quantize_out")(x, scale, zero_point, out, -8, 7)
+    assert_same(out, backend.op("_fake_quantize")(x, scale, zero_point, -8, 7))
+
+
+def test_out_of_an_empty_tensor(backend: Backend) -> None:
+    x = torch.empty(0, 3, device=backend.device)
+    scale, zero_point = (t.to(backend.device) for t in qparams(-8, 7, None, torch.int32))
+    assert ops.fake_quantize(x, scale, zero_point, -8, 7, out=x) is x
+    backend.op("_fake_quantize_out")(x, scale, zero_point, torch.empty_like(x), -8, 7)
+
+
+def test_out_is_an_update_for_autograd(backend: Backend) -> None:
+    """A graph that saved it fails in its backward, instead of using the new values."""
+    scale, zero_point = (t.to(backend.device) for t in qparams(-8, 7, None, torch.int32))
+    weight = sample(9, seed=1).to(backend.device).requires_grad_()
+    x = sample(9).to(backend.device)
+    loss = (weight * x).sum()
+    version = x._version
+    ops.fake_quantize(x, scale, zero_point, -8, 7, out=x)
+    assert x._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_out_where_no_gradient_is_needed(backend: Backend) -> None:
+    scale, zero_point = (t.to(backend.device) for t in qparams(-8, 7, None, torch.int32))
+    x = sample(9).to(backend.device).requires_grad_()
+    expected = ops.fake_quantize(x.detach(), scale, zero_point, -8, 7)
+    for out in (torch.empty_like(expected), x):
+        with pytest.raises(ValueError, match=r"^fake_quantize: out: .* where a gradient is needed"):
+            ops.fake_quantize(x, scale, zero_point, -8, 7, out=out)
+    with pytest.raises(ValueError, match=r"^fake_quantize: out: .* where a gradient is needed"):
+        ops.fake_quantize(x.detach(), scale, zero_point, -8, 7, out=x)
+    with torch.no_grad():
+        assert ops.fake_quantize(x, scale, zero_point, -8, 7, out=x) is x
+    assert_same(x, expected)
+    assert x.requires_grad
+    assert x.grad_fn is None
+
+
+OUTS_REJECTED: dict[str, tuple[Any, type[Exception], str]] = {
+    "shape": (torch.zeros(3, 2), ValueError, r"expected shape \(2, 3\) .*, got \(3, 2\)"),
+    "numel": (torch.zeros(2, 4), ValueError, r"expected shape \(2, 3\) .*, got \(2, 4\)"),
+    "dims": (torch.zeros(6), ValueError, r"expected shape \(2, 3\) .*, got \(6,\)"),
+    "dtype": (torch.zeros(2, 3).half(), TypeError, r"x's dtype, torch.float32, got torch.float16"),
+    "strides": (
+        torch.zeros(3, 2).t(),
+        ValueError,
+        r"expected .* strides \(3, 1\), got \(2, 3\) with \(1, 2\)",
+    ),
+    "gaps": (torch.zeros(2, 6)[:, ::2], ValueError, r"strides \(3, 1\), got .* \(6, 2\)"),
+    "expanded": (torch.zeros(3).expand(2, 3), ValueError, r"strides \(3, 1\), got .* \(0, 1\)"),
+    "meta": (torch.zeros(2, 3, device="meta"), ValueError, "tensor on cpu .*, got one on meta"),
+    "list": ([0.0], TypeError, "x's dtype, torch.float32, got list"),
+}
+
+
+@pytest.mark.parametrize("name", OUTS_REJECTED)
+def test_rejects_out(backend: Backend, name: str) -> None:
+    out, error, match = OUTS_REJECTED[name]
+    if backend.device != "cpu":
+        return
+    given = arguments(out=out)
+    assert_rejected(ops.fake_quantize, given, error, f"^fake_quantize: out: .*{match}")
+    assert_rejected(backend.op("_fake_quantize_out"), given, Exception)
+
+
+def test_rejects_out_beside_a_wrong_argument() -> None:
+    for name, (changed, error, match) in REJECTED.items():
+        given = arguments(**changed, out=torch.zeros(2, 3))
+        assert_rejected(ops.fake_quantize, given, error, f"^fake_quantize: {match}"), name
+
+
+def test_rejects_x_as_out_where_it_is_not_dense() -> None:
+    scale, zero_point = qparams(-8, 7, None, torch.int32)
+    for layout in ("sliced", "cropped", "expanded", "overlapping"):
+        x = laid_out(layout, torch.float32)
+        with unchanged(x), pytest.raises(ValueError, match=r"out: expected shape .* strides"):
+            ops.fake_quantize(x, scale, zero_point, -8, 7, out=x)
+
+
+def test_compiles_with_blocks_and_out() -> None:
+    """With gradient and without, and into a tensor that is given."""
+    quantizer = block_qparams(torch.empty(4, 6), (2, 3), (-8, 7), torch.int32)
+
+    def call(x: Tensor, out: Tensor | None = None) -> Tensor:
+        return ops.fake_quantize(x, *quantizer, -8, 7, block_size=(2, 3), out=out)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for needed in (True, False):
+        ours, theirs = (sample((4, 6)).requires_grad_(needed) for _ in range(2))
+        y, expected = compiled(ours), call(theirs)
+        assert_same(y, expected)
+        if needed:
+            (y * y).sum().backward()
+            (expected * expected).sum().backward()
+            assert_same(ours.grad, theirs.grad)
+    x = sample((4, 6))
+    out = torch.zeros(4, 6)
+    compiled(x, out)
+    assert_same(out, call(x))
+    expected = call(x)
+    compiled(x, x)
+    assert_same(x, expected)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -341,6 +701,14 @@ def test_meta() -> None:
     scale, zero_point = (torch.empty(1, device="meta") for _ in range(2))
     y = ops.fake_quantize(x, scale, zero_point, 0, 255)
     assert (y.shape, y.stride(), y.device.type) == ((5, 4), (1, 5), "meta")
+    blocks = [torch.empty(1, 2, device="meta") for _ in range(2)]
+    y = ops.fake_quantize(x, *blocks, 0, 255, block_size=(5, 2))
+    assert (y.shape, y.stride(), y.device.type) == ((5, 4), (1, 5), "meta")
+    assert ops.fake_quantize(x, *blocks, 0, 255, block_size=(5, 2), out=y) is y
+    with pytest.raises(ValueError, match=r"scale: expected shape \(5, 2\)"):
+        ops.fake_quantize(x, *blocks, 0, 255, block_size=(1, 2))
+    with pytest.raises(ValueError, match="out: expected shape"):
+        ops.fake_quantize(x, scale, zero_point, 0, 255, out=torch.empty(5, 4, device="meta"))
 
 
 @properties
@@ -425,6 +793,17 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "axis_low": ({"axis": -3}, ValueError, r"axis: expected .*\[-2, 1\].* got -3"),
     "no_axis": ({"axis": None}, ValueError, r"scale: expected 1 element, got shape \(3,\)"),
     **REJECTED_SWITCHES,
+    **REJECTED_BLOCKS,
+    "block_shape": (
+        {"axis": None, "block_size": [1, 1]},
+        ValueError,
+        r"scale: expected shape \(2, 3\), .* block_size \(1, 1\), got shape \(3,\)",
+    ),
+    "block_zero_point": (
+        {"axis": None, "block_size": [2, 1], "scale": torch.ones(1, 3)},
+        ValueError,
+        r"zero_point: expected shape \(1, 3\), .* got shape \(3,\)",
+    ),
     "scale_meta": (
         {"scale": torch.ones(3, device="meta")},
         ValueError,
@@ -498,6 +877,22 @@ def test_opcheck(dtype: torch.dtype) -> None:
             for op in ("_fake_quantize", "_fake_quantize_mask"):
                 opcheck(op, x, scale, zero_point, -8, 7, 1)
             opcheck("fake_quantize", x.clone().requires_grad_(), scale, zero_point, -8, 7, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_blocks_and_out(dtype: torch.dtype) -> None:
+    for x in opcheck_inputs(dtype).values():
+        out = torch.ones_like(x) if is_dense(x) else torch.ones(x.shape, dtype=dtype)
+        opcheck("_fake_quantize_out", x, *qparams(-8, 7, None, torch.int32), out, -8, 7)
+        if x.numel() == 0:
+            continue
+        block_size = [size // 2 if size % 2 == 0 else size for size in x.shape]
+        quantizer = block_qparams(x, block_size, (-8, 7), torch.int32)
+        for op in ("_fake_quantize", "_fake_quantize_mask"):
+            opcheck(op, x, *quantizer, -8, 7, block_size=block_size)
+        opcheck("_fake_quantize_out", x, *quantizer, out, -8, 7, block_size=block_size)
+        x = x.clone().requires_grad_()
+        opcheck("fake_quantize", x, *quantizer, -8, 7, block_size=block_size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -368,6 +368,107 @@ def test_threads_change_nothing(backend: Backend, dtype: torch.dtype) -> None:
         assert_all_same(state, expected, count)
 
 
+def fed(bins: int, low: float, high: float, device: str = "cpu") -> State:
+    return state_of([float(i % 5) for i in range(bins)], low, high, device)
+
+
+def check_step(backend: Backend, x: Tensor, low: float, high: float, bins: int = 16) -> State:
+    """A batch after others is counted as the reference does, which looks for the range first."""
+    state, expected = fed(bins, low, high, backend.device), fed(bins, low, high)
+    backend.op("histogram")(x.to(backend.device), *state)
+    reference(x, *expected)
+    assert_all_same(state, expected, (low, high))
+    return state
+
+
+def beyond(low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The next values outside the range."""
+    ends, away = torch.tensor([low, high]), torch.tensor([-torch.inf, torch.inf])
+    below, above = torch.nextafter(ends, away)
+    return below, above
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.5, 0.75), (-3e38, 3e38), (2.0, 2.0)])
+def test_a_value_just_outside_at_every_place(backend: Backend, low: float, high: float) -> None:
+    """The range grows by it; in one pass it would be counted into the last bin."""
+    inside = torch.linspace(low, high, 600, dtype=torch.float64).float().clamp(low, high)
+    for n, places in ((1, (0,)), (9, range(9)), (33, range(33)), (600, (0, 255, 256, 511, 599))):
+        for place in places:
+            for value in beyond(low, high):
+                x = inside[:n].clone()
+                x[place] = value
+                state = check_step(backend, x, low, high)
+                assert value in (state[1].cpu(), state[2].cpu())
+    check_step(backend, inside, low, high)
+    for value in (torch.nan, torch.inf):
+        check_step(backend, torch.cat([inside, torch.full((9,), value)]), low, high)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_value_outside_in_the_part_of_any_thread(backend: Backend, dtype: torch.dtype) -> None:
+    n = 3 * 32768 + 77
+    inside = sample(n, dtype).clamp(-2, 2)
+    inside[5000] = torch.nan
+    for count in (1, 2, 3) if backend.isa else (1,):
+        with threads(count):
+            check_step(backend, inside, -2.0, 2.0, 256)
+            for place in (0, 32767, n // 2 + 100, 2 * n // 3 + 200, n - 1):
+                x = inside.clone()
+                x[place] = -2.015625 if place % 2 else 2.015625  # the next one of bfloat16
+                state = check_step(backend, x, -2.0, 2.0, 256)
+                assert -float(state[1]) != float(state[2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_in_one_pass(backend: Backend, layout: str) -> None:
+    """Also what is expanded: counted once, and so many times over."""
+    for dtype in DTYPES:
+        for seed in range(2):
+            x = laid_out(layout, dtype, backend.device, seed)
+            state, expected = fed(33, -20.0, 20.0, backend.device), fed(33, -20.0, 20.0)
+            for _ in range(2):
+                backend.op("histogram")(x, *state)
+                reference(x.cpu(), *expected)
+            assert_all_same(state, expected, (dtype, seed))
+
+
+def test_expanded_values_that_are_not_finite(backend: Backend) -> None:
+    for shape in ((7, 40), (40, 7), (3, 80_000)):
+        for row in ([1.0], [torch.nan], [3.0, torch.nan, -torch.inf]):
+            x = torch.tensor(row).repeat(shape[1])[: shape[1]][None]
+            x = x.to(backend.device).expand(shape)
+            state, expected = fed(8, -1.0, 2.0, backend.device), fed(8, -1.0, 2.0)
+            for _ in range(2):
+                backend.op("histogram")(x, *state)
+                reference(x.cpu(), *expected)
+                assert_all_same(state, expected, (shape, row))
+
+
+@pytest.mark.parametrize("nonfinite", ["ignore", "propagate"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_batches_of_nothing_finite(backend: Backend, value: float, nonfinite: str) -> None:
+    """As the first batch, as a later one, and with the range of one value."""
+    x = torch.full((70,), value)
+    x[::2] = torch.nan
+    for state, expected in (
+        (fresh(8, backend.device), fresh(8)),
+        (fed(8, -1.0, 1.0, backend.device), fed(8, -1.0, 1.0)),
+        (fed(8, 1.0, 1.0, backend.device), fed(8, 1.0, 1.0)),
+    ):
+        for _ in range(2):
+            backend.op("histogram")(x.to(backend.device), *state, nonfinite=nonfinite)
+            reference(x, *expected, nonfinite=nonfinite)
+            assert_all_same(state, expected)
+
+
+def test_one_pass_that_raises_changes_nothing(backend: Backend) -> None:
+    x = sample(40).clamp(-1, 1)
+    x[-1] = torch.nan
+    state = fed(8, -1.0, 1.0, backend.device)
+    with unchanged(*state), pytest.raises((ValueError, RuntimeError), match="1 NaN or infinite"):
+        backend.op("histogram")(x.to(backend.device), *state, nonfinite="raise")
+
+
 def test_half_bins_do_not_saturate(backend: Backend) -> None:
     """D14: torch counts in the type of the input, where a bfloat16 bin stops at 256."""
     x = torch.cat([torch.zeros(5000), torch.ones(3000)]).to(backend.device)

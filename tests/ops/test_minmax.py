@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,21 +13,28 @@ from torch import Tensor
 from pyobserver import ops
 
 from .cases import (
+    BLOCKED_SHAPES,
+    BLOCKS,
     DTYPES,
     LARGE,
+    LARGE_BLOCKED,
     LAYOUTS,
+    REJECTED_BLOCKS,
     REJECTED_SWITCHES,
     SHAPE,
     SIZES,
     SPECIAL,
     assert_all_same,
     assert_rejected,
+    grid_of,
+    in_blocks,
     laid_out,
     not_dense_real_float,
     opcheck,
     opcheck_inputs,
     properties,
     sample,
+    sprinkled,
     threads,
     unchanged,
     value_lists,
@@ -37,8 +45,8 @@ AXES = (None, 0, 1, 2, 3, -1, -2, -3, -4)
 State = tuple[Tensor, Tensor, Tensor]
 
 
-def fresh(channels: int | None = None, device: str = "cpu") -> State:
-    size = () if channels is None else (channels,)
+def fresh(channels: int | tuple[int, ...] | None = None, device: str = "cpu") -> State:
+    size = channels if isinstance(channels, tuple) else () if channels is None else (channels,)
     return (
         torch.full(size, torch.inf, device=device),
         torch.full(size, -torch.inf, device=device),
@@ -57,32 +65,37 @@ def fold(
     update: str = "running",
     averaging_constant: float = 0.01,
     nonfinite: str = "ignore",
+    block_size: Sequence[int] | None = None,
 ) -> None:
-    """What the op promises, out of ``torch.aminmax`` and the update rules of torch.ao."""
+    """What the op promises, out of ``torch.amin``, ``amax`` and the update rules of torch.ao."""
     min_val, max_val, nonfinite_count = (t.reshape(-1) for t in state)
     if x.numel() == 0:
         return
     values = x.detach().cpu().to(torch.float32)
-    rows = (
-        values.reshape(1, -1)
-        if axis is None
-        else values.movedim(axis, 0).reshape(x.shape[axis], -1)
-    )
-    nonfinite_count += (~values.isfinite()).sum()
-    for i, row in enumerate(rows):
-        kept = row[row.isfinite()] if nonfinite == "ignore" else row
-        if kept.numel() == 0:
-            continue
-        low, high = torch.aminmax(kept)
-        # which of two zeros is the least is nobody's promise: ours is positive
-        low, high = low + 0.0, high + 0.0
-        first = min_val[i] == torch.inf and max_val[i] == -torch.inf
-        if update == "running":
-            low, high = torch.min(min_val[i], low), torch.max(max_val[i], high)
-        elif update == "moving_average" and not first:
-            low = min_val[i] + averaging_constant * (low - min_val[i])
-            high = max_val[i] + averaging_constant * (high - max_val[i])
-        min_val[i], max_val[i] = low, high
+    if block_size is not None:
+        rows = in_blocks(values, block_size)
+    elif axis is not None:
+        rows = values.movedim(axis, 0).reshape(x.shape[axis], -1)
+    else:
+        rows = values.reshape(1, -1)
+    finite = rows.isfinite()
+    nonfinite_count += (~finite).sum()
+    if nonfinite == "ignore":
+        seen = finite.any(1)
+        low = rows.where(finite, torch.inf).amin(1)
+        high = rows.where(finite, -torch.inf).amax(1)
+    else:
+        seen = torch.ones(len(rows), dtype=torch.bool)
+        low, high = rows.amin(1), rows.amax(1)
+    # which of two zeros is the least is nobody's promise: ours is positive
+    low, high = low + 0.0, high + 0.0
+    first = (min_val == torch.inf) & (max_val == -torch.inf)
+    if update == "running":
+        low, high = torch.minimum(min_val, low), torch.maximum(max_val, high)
+    elif update == "moving_average":
+        low = torch.where(first, low, min_val + averaging_constant * (low - min_val))
+        high = torch.where(first, high, max_val + averaging_constant * (high - max_val))
+    min_val[seen], max_val[seen] = low[seen], high[seen]
 
 
 def check(backend: Backend, batches: list[Tensor], axis: int | None, **options: Any) -> None:
@@ -150,6 +163,111 @@ def test_special_values(backend: Backend, name: str, nonfinite: str) -> None:
                 check(backend, batches, None, **options)
                 check(backend, [torch.stack([x, x.flip(0)]) for x in batches], 0, **options)
                 check(backend, [torch.stack([x, x * 0 + 1], 1) for x in batches], 1, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_of_layouts(backend: Backend, layout: str, dtype: torch.dtype) -> None:
+    for block_size in BLOCKS:
+        grid = grid_of(torch.empty(SHAPE), block_size)
+        state, expected = fresh(grid, backend.device), fresh(grid)
+        for seed in range(2):
+            x = laid_out(layout, dtype, backend.device, seed)
+            backend.op("minmax")(x, *state, None, "moving_average", 0.3, block_size=block_size)
+            fold(x, expected, None, "moving_average", 0.3, block_size=block_size)
+            assert_all_same(state, expected, block_size)
+
+
+@pytest.mark.parametrize(("shape", "block_size"), BLOCKED_SHAPES, ids=str)
+@pytest.mark.parametrize("nonfinite", ["ignore", "propagate"])
+def test_blocks(
+    backend: Backend, shape: tuple[int, ...], block_size: tuple[int, ...], nonfinite: str
+) -> None:
+    for dtype in DTYPES:
+        for update in UPDATES:
+            options = {"update": update, "nonfinite": nonfinite, "block_size": block_size}
+            grid = grid_of(torch.empty(shape), block_size)
+            state, expected = fresh(grid, backend.device), fresh(grid)
+            for seed in range(3):
+                x = sample(shape, dtype, seed)
+                if seed == 1 and x.numel():
+                    sprinkled(x)
+                    x.view(-1)[: x.numel() // 3] = torch.nan  # whole blocks among them
+                backend.op("minmax")(x.to(backend.device), *state, None, **options)
+                fold(x, expected, None, **options)
+                assert_all_same(state, expected, (dtype, update, seed))
+
+
+@pytest.mark.parametrize(("shape", "block_size"), LARGE_BLOCKED, ids=str)
+def test_blocks_over_threads(
+    backend: Backend, shape: tuple[int, ...], block_size: tuple[int, ...]
+) -> None:
+    values = sprinkled(sample(shape))
+    rows = in_blocks(values, block_size)
+    finite = rows.isfinite()
+    grid = grid_of(values, block_size)
+    expected = (
+        (rows.where(finite, torch.inf).amin(1) + 0.0).reshape(grid),
+        (rows.where(finite, -torch.inf).amax(1) + 0.0).reshape(grid),
+        (~finite).sum(),
+    )
+    transposed = values.permute(*range(len(shape))[::-1]).contiguous()
+    transposed = transposed.permute(*range(len(shape))[::-1])
+    wide = torch.cat([values, values], -1)[..., : shape[-1]]
+    for x in (values, transposed, wide):
+        for count in (1, 2, 3) if backend.isa else (1,):
+            state = fresh(grid, backend.device)
+            with threads(count):
+                backend.op("minmax")(x.to(backend.device), *state, block_size=block_size)
+            assert_all_same(state, expected, (x.stride(), count))
+
+
+def test_expanded_over_threads(backend: Backend) -> None:
+    """Read once, by as many threads as its memory is worth; a value counts as often as it is."""
+    row = sprinkled(sample(3 * 32768 + 5))
+    count = 3 * int((~row.isfinite()).sum())
+    finite = row[row.isfinite()]
+    x = row.to(backend.device).expand(3, -1)
+    for parts in (1, 2, 3):
+        state = fresh(device=backend.device)
+        with threads(parts):
+            backend.op("minmax")(x, *state)
+        assert_all_same(state, (finite.min(), finite.max(), torch.tensor(count)), parts)
+
+
+def test_blocks_of_one_index_are_channels(backend: Backend) -> None:
+    """A block across all axes but one holds what a channel does."""
+    x = sample(SHAPE).to(backend.device)
+    for axis in range(4):
+        block_size = [1 if d == axis else size for d, size in enumerate(SHAPE)]
+        grid = grid_of(x, block_size)
+        ours, theirs = fresh(grid, backend.device), fresh(SHAPE[axis], backend.device)
+        backend.op("minmax")(x, *ours, block_size=block_size)
+        backend.op("minmax")(x, *theirs, axis)
+        assert_all_same([t.reshape(-1) for t in ours], [t.reshape(-1) for t in theirs])
+
+
+def test_blocks_that_are_not_finite_raise(backend: Backend) -> None:
+    x = sample((4, 6)).to(backend.device)
+    state = fresh((2, 2), backend.device)
+    ops.minmax(x, *state, block_size=(2, 3))
+    x[3, 5] = torch.nan
+    options: dict[str, Any] = {"nonfinite": "raise", "block_size": (2, 3)}
+    with unchanged(*state), pytest.raises((ValueError, RuntimeError), match="1 NaN or infinite"):
+        backend.op("minmax")(x, *state, **options)
+    with unchanged(*state), pytest.raises(ValueError, match=r"x: expected finite .* 1 NaN"):
+        ops.minmax(x, *state, **options)
+
+
+def test_blocks_and_switch(backend: Backend) -> None:
+    x = sample((4, 6)).to(backend.device)
+    state, expected = fresh((2, 2), backend.device), fresh((2, 2))
+    for flag in (0, 1, 0):
+        enabled = torch.tensor([flag], device=backend.device)
+        backend.op("minmax")(x * (2 - flag), *state, enabled=enabled, block_size=[2, 3])
+        if flag:
+            fold(x, expected, block_size=[2, 3])
+        assert_all_same(state, expected, flag)
 
 
 def test_a_channel_without_finite_values_keeps_its_range(backend: Backend) -> None:
@@ -263,6 +381,25 @@ def test_meta() -> None:
     assert [t.shape for t in state] == [(), (), ()]
 
 
+def test_meta_blocks() -> None:
+    ops.minmax(torch.empty(4, 6, device="meta"), *fresh((2, 2), "meta"), block_size=(2, 3))
+    with pytest.raises(ValueError, match=r"min_val: expected shape \(2, 3\)"):
+        ops.minmax(torch.empty(4, 6, device="meta"), *fresh((2, 2), "meta"), block_size=(2, 2))
+
+
+def test_compiles_with_blocks() -> None:
+    def call(x: Tensor, low: Tensor, high: Tensor, count: Tensor) -> Tensor:
+        ops.minmax(x, low, high, count, None, "moving_average", 0.5, block_size=(2, 3))
+        return low + high
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    ours, theirs = fresh((2, 2)), fresh((2, 2))
+    for seed in range(3):
+        x = sample((4, 6), seed=seed)
+        assert_all_same([compiled(x, *ours), *ours], [call(x, *theirs), *theirs], seed)
+
+
 def arguments(**changed: Any) -> dict[str, Any]:
     low, high, count = fresh(3)
     low[1], high[1] = -1.0, 2.0
@@ -332,6 +469,27 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"averaging_constant: expected .*, got nan",
     ),
     **REJECTED_SWITCHES,
+    **REJECTED_BLOCKS,
+    "block_shape": (
+        {"axis": None, "block_size": [1, 1]},
+        ValueError,
+        r"min_val: expected shape \(2, 3\), .* block_size \(1, 1\), got shape \(3,\)",
+    ),
+    "block_dim": (
+        {"axis": None, "block_size": [2, 1]},
+        ValueError,
+        r"min_val: expected shape \(1, 3\), .* got shape \(3,\)",
+    ),
+    "block_max_val": (
+        {
+            "min_val": torch.zeros(1, 3),
+            "max_val": torch.zeros(3, 1),
+            "axis": None,
+            "block_size": [2, 1],
+        },
+        ValueError,
+        r"max_val: expected shape \(1, 3\), .* got shape \(3, 1\)",
+    ),
     "x_meta": (
         {"x": torch.empty(2, 3, device="meta")},
         ValueError,
@@ -371,6 +529,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
         opcheck("minmax", x, *fresh())
         if x.dim() > 1:
             opcheck("minmax", x, *fresh(x.shape[1]), 1, "moving_average", 0.5)
+        block_size = [max(1, size // 2) if size % 2 == 0 else size for size in x.shape]
+        if x.numel():
+            opcheck("minmax", x, *fresh(grid_of(x, block_size)), block_size=block_size)
     enabled = torch.ones(1, dtype=torch.uint8)
     opcheck("minmax", sample(9, dtype), *fresh(), None, "memoryless", 1.0, "propagate", enabled)
     opcheck("minmax", sample((3, 3), dtype).requires_grad_(), *fresh(3), axis=-1)
