@@ -373,11 +373,11 @@ def fake_quantize(
 def _fake_quantize_out(
     x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor, *options: Any
 ) -> Tensor:
-    if needs_gradient(x) or (torch.is_grad_enabled() and out.requires_grad):
-        raise ValueError("fake_quantize: out: expected None where a gradient is needed")
     try:
+        if needs_gradient(x) or (torch.is_grad_enabled() and out.requires_grad):
+            raise ValueError("fake_quantize: out: expected None where a gradient is needed")
         _op_out(x, scale, zero_point, out, *options)
-    except (RuntimeError, OverflowError, TypeError):
+    except (RuntimeError, OverflowError, TypeError, AttributeError):
         _check_out(x, scale, zero_point, out, *options)
         raise
     if not is_compiling():

@@ -94,6 +94,8 @@ def _observe(
     if x.numel() == 0:
         return
     state = min_val, max_val, nonfinite_count, scale, zero_point
+    if nonfinite == _checks.RAISE and not is_off(observer_enabled):
+        finite_minmax(x.detach().float(), None, nonfinite, _OP)
     low, high, count, new_scale, new_zero_point = new = [t.clone() for t in state]
     reference_minmax(
         x, low, high, count, axis, update, averaging_constant, nonfinite,
@@ -289,13 +291,20 @@ def observe_fake_quantize(
         note_update(min_val, max_val, nonfinite_count, scale, zero_point)
         return y
     except (RuntimeError, OverflowError, AttributeError, TypeError, KeyError):
-        code = _checks.code_of(_OP, "nonfinite", nonfinite, _checks.NONFINITE)
-        _check(
-            x, min_val, max_val, nonfinite_count, scale, zero_point, eps, quant_min, quant_max,
-            observer_enabled, fake_quant_enabled,
+        state: Any = min_val, max_val, nonfinite_count, scale, zero_point
+        coded_settings = (
             _checks.code_of(_OP, "mapping", mapping, MAPPINGS), axis, symmetric_zero_point,
-            _checks.code_of(_OP, "update", update, UPDATES), averaging_constant, code, block_size,
+            _checks.code_of(_OP, "update", update, UPDATES), averaging_constant,
+            _checks.code_of(_OP, "nonfinite", nonfinite, _checks.NONFINITE), block_size,
         )  # fmt: skip
-        if code == _checks.RAISE:
-            finite_minmax(x.detach().float(), None, code, _OP)
+        options: Any = (
+            eps,
+            quant_min,
+            quant_max,
+            observer_enabled,
+            fake_quant_enabled,
+            *coded_settings,
+        )
+        _check(x, *state, *options)
+        _observe(x.detach(), *[t.clone() for t in state], *options)
         raise
