@@ -175,7 +175,8 @@ class FakeQuantize(FakeQuantizeBase):
         if (
             self._observes_in_one_call
             and type(watcher) in _ONE_CALL
-            and (not own["is_per_channel"] or watcher.min_val.numel() == scale.numel())
+            and "observe" not in watcher.__dict__
+            and watcher.__dict__["_buffers"]["min_val"].numel() == scale.numel()
         ):
             return watcher.observe_fake_quantize(
                 x,

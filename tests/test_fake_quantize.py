@@ -241,3 +241,25 @@ def test_rejects_observers() -> None:
         po.FusedMovingAvgObsFakeQuantize(observer=po.MinMaxObserver)
     with pytest.raises(TypeError, match=r"observer: expected a FixedQParamsObserver, got MinMax"):
         po.FixedQParamsFakeQuantize(observer=po.MinMaxObserver)
+
+
+def test_an_observe_of_its_own_is_called() -> None:
+    module = po.FakeQuantize()
+    calls = []
+    observe = module.activation_post_process.observe
+
+    def wrapped(*args: torch.Tensor) -> None:
+        calls.append(len(args))
+        observe(*args)
+
+    module.activation_post_process.observe = wrapped
+    module(torch.randn(8))
+    assert calls == [2]
+
+
+def test_a_scale_of_another_size_is_sized_anew() -> None:
+    module = po.FakeQuantize()
+    module.scale, module.zero_point = torch.ones(4), torch.zeros(4, dtype=torch.int32)
+    x = torch.randn(8)
+    assert module(x).shape == x.shape
+    assert module.scale.shape == (1,)

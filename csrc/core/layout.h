@@ -73,7 +73,7 @@ struct Axis {
   int64_t size, stride, group;
 };
 
-constexpr int kMaxAxes = 128;  // 64 axes of two elements have no address; a block halves each
+constexpr int kMaxAxes = 2 * kMaxDims;  // a block makes two of one
 
 class Layout {
  public:
@@ -134,7 +134,7 @@ class Layout {
       : numel(x.numel()), repeat(1), dense(true), groups(1), inner(x.numel()), channels(1) {
     piece = border = numel;
     const bool contiguous = x.is_contiguous();
-    if (contiguous && grouping.axis < 0 && grouping.block_size == nullptr) {
+    if (numel == 0 || (contiguous && grouping.axis < 0 && grouping.block_size == nullptr)) {
       return;
     }
     groups = grouping.count(x);

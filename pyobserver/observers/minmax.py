@@ -15,16 +15,32 @@ from ..ops.observe_fake_quantize import observe_fake_quantize
 from .base import UniformQuantizationObserverBase, new_full
 
 
+def _options(observer: Any, own: dict[str, Any]) -> tuple[int | None, str, float]:
+    """Axis, update and averaging constant, attributes of the instance or of a subclass."""
+    axis, averaging_constant, update = None, 0.01, own["_update"]
+    try:
+        if own["_per_channel"]:
+            axis = own["ch_axis"]
+        if update == "moving_average":
+            averaging_constant = own["averaging_constant"]
+    except KeyError:
+        axis = observer.ch_axis if own["_per_channel"] else None
+        averaging_constant = getattr(observer, "averaging_constant", averaging_constant)
+    return axis, update, averaging_constant
+
+
 class _MinMaxBase(UniformQuantizationObserverBase):
     """Minimum and maximum, folded in by one op; what differs is the update and the axis."""
 
     _update: str
+    _per_channel: bool
     ch_axis: int  # of those per channel
+    averaging_constant: float  # of the moving averages
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
         own = self.__dict__  # an attribute of an nn.Module costs a tenth of the call
-        buffers, axis = own["_buffers"], own.get("ch_axis")
-        min_val = buffers["min_val"]
+        buffers, min_val = own["_buffers"], own["_buffers"]["min_val"]
+        axis, update, averaging_constant = _options(self, own)
         if axis is not None and min_val.numel() == 0 and x.numel() > 0:
             self._observe_first(x, enabled)
             return
@@ -34,8 +50,8 @@ class _MinMaxBase(UniformQuantizationObserverBase):
             buffers["max_val"],
             buffers["nonfinite_count"],
             axis,
-            own["_update"],
-            own.get("averaging_constant", 0.01),
+            update,
+            averaging_constant,
             own["nonfinite"],
             enabled,
         )
@@ -76,6 +92,7 @@ class _MinMaxBase(UniformQuantizationObserverBase):
         own = self.__dict__
         buffers = own["_buffers"]
         mapping = mapping or self._mapping
+        axis, update, averaging_constant = _options(self, own)
         return observe_fake_quantize(
             x,
             buffers["min_val"],
@@ -89,10 +106,10 @@ class _MinMaxBase(UniformQuantizationObserverBase):
             observer_enabled,
             fake_quant_enabled,
             mapping,
-            own.get("ch_axis"),
+            axis,
             self._symmetric_zero_point if mapping == "symmetric" else 0,
-            own["_update"],
-            own.get("averaging_constant", 0.01),
+            update,
+            averaging_constant,
             own["nonfinite"],
         )
 
@@ -136,6 +153,7 @@ class MinMaxObserver(_MinMaxBase):
             **kwargs,
         )
         self.memoryless = memoryless
+        self._per_channel = False
         self._update = "memoryless" if memoryless else "running"
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
         self.register_buffer("min_val", torch.tensor(torch.inf, device=device))
@@ -237,6 +255,7 @@ class PerChannelMinMaxObserver(_MinMaxBase):
             **kwargs,
         )
         self.memoryless = memoryless
+        self._per_channel = True
         self._update = "memoryless" if memoryless else "running"
         self.ch_axis = ch_axis
         if num_channels is not None and num_channels < 1:

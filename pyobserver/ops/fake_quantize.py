@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from .. import _checks
 from ._blocks import split
-from ._library import define, define_composite, note_update
+from ._library import define, define_composite
 
 
 def check_grid_params(
@@ -71,11 +71,13 @@ def _check_out(
         got = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f"{op}: out: expected x's dtype, {x.dtype}, got {got}")
     _checks.check_same_device(op, x, {"out": out})
-    strides = x.stride() if _is_dense(x) else torch.empty(x.shape, device="meta").stride()
-    if out.shape != x.shape or (x.numel() and out.stride() != strides):
+    dense = _is_dense(x)
+    laid_out = out.stride() == x.stride() if dense else out.is_contiguous()
+    if out.shape != x.shape or not laid_out:
         raise ValueError(
-            f"{op}: out: expected shape {tuple(x.shape)} with strides {tuple(strides)}, "
-            f"got {tuple(out.shape)} with {out.stride()}"
+            f"{op}: out: expected shape {tuple(x.shape)} "
+            f"{f'with strides {x.stride()}' if dense else 'and contiguous'}, "
+            f"got {tuple(out.shape)} with strides {out.stride()}"
         )
 
 
@@ -380,8 +382,9 @@ def _fake_quantize_out(
     except (RuntimeError, OverflowError, TypeError, AttributeError):
         _check_out(x, scale, zero_point, out, *options)
         raise
-    if not is_compiling():
-        note_update(out)
+    # as torch's own updates in place do, without a gradient too
+    if not is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
     return out
 
 

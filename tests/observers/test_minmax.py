@@ -251,3 +251,33 @@ def test_rejects_qschemes_and_constants() -> None:
         pytest.raises(NotImplementedError, match=r"reduce_range: expected False for torch.quint8"),
     ):
         MinMaxObserver(reduce_range=True, qscheme=torch.per_tensor_symmetric)
+
+
+def test_attributes_that_a_subclass_computes() -> None:
+    class Scheduled(MovingAverageMinMaxObserver):
+        @property
+        def averaging_constant(self) -> float:
+            return 0.5
+
+        @averaging_constant.setter
+        def averaging_constant(self, value: float) -> None:
+            """Computed."""
+
+    observer = Scheduled()
+    for high in (1.0, 2.0):
+        observer(torch.tensor([0.0, high]))
+    assert observer.max_val == 1.5
+
+    class LastAxis(PerChannelMinMaxObserver):
+        ch_axis = property(lambda self: -1, lambda self, value: None)
+
+    per_channel = LastAxis()
+    per_channel(torch.arange(6.0).reshape(2, 3))
+    assert per_channel.max_val.tolist() == [3.0, 4.0, 5.0]
+
+
+def test_an_axis_set_on_a_per_tensor_observer_is_not_taken() -> None:
+    observer = MinMaxObserver()
+    observer.ch_axis = -1
+    observer(torch.arange(6.0).reshape(2, 3))
+    assert observer.max_val == 5

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import pyobserver
 from pyobserver import ops
 
 from .cases import (
@@ -391,10 +392,13 @@ def test_out_is_an_update_for_autograd(backend: Backend) -> None:
     scale, zero_point = (t.to(backend.device) for t in qparams(-8, 7, None, torch.int32))
     weight = sample(9, seed=1).to(backend.device).requires_grad_()
     x = sample(9).to(backend.device)
-    loss = (weight * x).sum()
-    version = x._version
-    ops.fake_quantize(x, scale, zero_point, -8, 7, out=x)
-    assert x._version > version
+    for gradient in (True, False):
+        x = sample(9).to(backend.device)
+        loss = (weight * x).sum()
+        version = x._version
+        with torch.set_grad_enabled(gradient):
+            ops.fake_quantize(x, scale, zero_point, -8, 7, out=x)
+        assert x._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -423,7 +427,7 @@ OUTS_REJECTED: dict[str, tuple[Any, type[Exception], str]] = {
     "strides": (
         torch.zeros(3, 2).t(),
         ValueError,
-        r"expected .* strides \(3, 1\), got \(2, 3\) with \(1, 2\)",
+        r"expected .* strides \(3, 1\), got \(2, 3\) with strides \(1, 2\)",
     ),
     "gaps": (torch.zeros(2, 6)[:, ::2], ValueError, r"strides \(3, 1\), got .* \(6, 2\)"),
     "expanded": (torch.zeros(3).expand(2, 3), ValueError, r"strides \(3, 1\), got .* \(0, 1\)"),
@@ -911,3 +915,21 @@ def test_opcheck_enabled() -> None:
             opcheck(op, sample(9), scale, zero_point, -8, 7, None, enabled)
         x = sample(9).requires_grad_()
         opcheck("fake_quantize", x, scale, zero_point, -8, 7, None, enabled)
+
+
+def test_more_dimensions_than_have_an_address() -> None:
+    scale, zero_point = qparams(-8, 7, None, torch.int32)
+    for x in (torch.ones(4)[::2].view([1] * 99 + [2]), torch.empty([0] + [1] * 99)):
+        with pytest.raises(ValueError, match="x: expected at most 64 dimensions, got 100"):
+            ops.fake_quantize(x, scale, zero_point, -8, 7)
+    most = torch.empty([0] + [1] * 63)
+    assert ops.fake_quantize(most, scale, zero_point, -8, 7).shape == most.shape
+
+
+@pytest.mark.skipif(not pyobserver.native_status.cpu, reason="the reference copies first")
+def test_out_that_overlaps() -> None:
+    scale, zero_point = qparams(-8, 7, None, torch.int32)
+    memory = sample(20)
+    with unchanged(memory), pytest.raises(RuntimeError, match="out: expected x itself, or memory"):
+        ops.fake_quantize(memory[:-1], scale, zero_point, -8, 7, out=memory[1:])
+    ops.fake_quantize(memory[:10], scale, zero_point, -8, 7, out=memory[10:])

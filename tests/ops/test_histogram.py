@@ -741,3 +741,18 @@ def test_opcheck_combine() -> None:
     for combine in COMBINES:
         opcheck("histogram_combine", **combine_arguments(combine=combine))
     opcheck("histogram_combine", *fresh(16)[:3], *fresh(16)[:3])
+
+
+@pytest.mark.parametrize("low", [1e6, 1e7])
+def test_grows_where_float32_is_coarse(backend: Backend, low: float) -> None:
+    """Many bins share an edge, and many parts a midpoint."""
+    for bins in (64, 2048):
+        state = [sample(bins).abs().floor().double(), low, low + 1, 0]
+        state = [torch.as_tensor(v) for v in state]
+        state[1:3] = [t.float() for t in state[1:3]]
+        expected = [t.clone() for t in state]
+        state = [t.to(backend.device) for t in state]
+        x = torch.tensor([low - 1, low + 2])
+        backend.op("histogram")(x.to(backend.device), *state)
+        reference(x, *expected)
+        assert_all_same(state, expected, bins)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import pyobserver
 from pyobserver import ops
 
 from .cases import (
@@ -535,3 +536,17 @@ def test_opcheck(dtype: torch.dtype) -> None:
     enabled = torch.ones(1, dtype=torch.uint8)
     opcheck("minmax", sample(9, dtype), *fresh(), None, "memoryless", 1.0, "propagate", enabled)
     opcheck("minmax", sample((3, 3), dtype).requires_grad_(), *fresh(3), axis=-1)
+
+
+def test_one_nan_whatever_the_threads() -> None:
+    """Of several NaN the bits would else be those that the last thread met."""
+    x = sample(LARGE)
+    for i, bits in enumerate((0x7FC00001, 0xFFC00005 - 2**32, 0x7FC00007)):
+        x.view(torch.int32)[i * (LARGE // 3)] = bits
+    for count in (1, 2, 3):
+        state = torch.tensor(torch.inf), torch.tensor(-torch.inf), torch.tensor(0)
+        with threads(count):
+            ops.minmax(x, *state, nonfinite="propagate")
+        if pyobserver.native_status.cpu:
+            assert [t.view(torch.int32).item() for t in state[:2]] == [0x7FC00000] * 2
+        assert state[0].isnan()

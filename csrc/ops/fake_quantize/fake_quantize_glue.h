@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../../core/check.h"
@@ -74,14 +75,31 @@ inline Tensor empty_mask(const Tensor& x) {
   return empty_strided(x, {&bytes, 1}, {&stride, 1}, aoti_torch_dtype_uint8());
 }
 
+// The bytes from the first to the last element.
+inline std::pair<const char*, const char*> extent(const Tensor& x, int64_t element_bytes) {
+  const auto* first = static_cast<const char*>(x.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    last += (x.size(d) - 1) * x.stride(d);
+  }
+  return {first, first + (last + 1) * element_bytes};
+}
+
 // An output that the caller gives: x itself, or a tensor laid out as the op would make it.
 inline void check_out(const char* op, const Tensor& x, const Tensor& out, bool dense) {
   const bool alike = dtype_of(out) == dtype_of(x) && on_one_device(out, x) &&
                      out.sizes() == x.sizes() &&
                      (dense ? out.strides() == x.strides() : out.is_contiguous());
   check(alike, op,
-        ": out: expected x's shape, dtype and device, and its strides (contiguous where "
-        "x is not dense)");
+        ": out: expected x's shape, dtype and device, and its strides (contiguous where x is not "
+        "dense)");
+  if (x.numel() > 0) {
+    const int64_t bytes = element_size(input_dtype(op, "x", x));
+    const auto [from, from_end] = extent(x, bytes);
+    const auto [to, to_end] = extent(out, bytes);
+    check((dense && from == to) || from_end <= to || to_end <= from, op,
+          ": out: expected x itself, or memory apart from it");
+  }
 }
 
 // What a forward is asked for. mask may be null; so may out, and the result is then a new tensor.

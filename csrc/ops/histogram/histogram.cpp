@@ -51,6 +51,9 @@ void rebin_midpoint(const double* counts, int32_t bins, Range old_range, Range n
   const auto midpoint = [&](int64_t part) { return element(parts, part) + 0.5f * part_width; };
   const auto first_part = [&](int32_t bin, int64_t least) {  // whose midpoint is not below the bin
     const float edge = element(edges, bin);
+    if (midpoint(least) >= edge) {  // as where float32 has one value for many edges
+      return least;
+    }
     const double guess = (static_cast<double>(edge) - parts.low) / parts.step - 0.5;
     int64_t part = least;
     if (guess > static_cast<double>(least)) {
@@ -216,7 +219,7 @@ void histogram(const Tensor& x, const Tensor& counts, const Tensor& min_val, con
   const int64_t count =
       group_ranges(dtype, data, layout, nonfinite == Nonfinite::ignore, &found.low, &found.high);
   check_finite(kOp, nonfinite, count, x.numel());
-  Range range = merge(state, positive_zeros(found));
+  Range range = merge(state, canonical(found));
   // no histogram over a range that is empty or, with "propagate", not finite
   if (is_finite(range.low) && is_finite(range.high)) {
     if (first) {

@@ -18,8 +18,10 @@ bool bin(const T* x, int64_t n, const BinGrid& shared, float low, float high, in
       for (int i = 0; i < count; ++i) {
         const float value = to_float(x[start + i]);
         const bool finite = is_finite(value);
-        outside |= finite & ((value < low) | (value > high));
-        index[i] = finite ? bin_index(value, grid) : grid.bins;
+        const bool beyond = (value < low) | (value > high);
+        outside |= finite & beyond;
+        const int32_t found = bin_index(finite & !beyond ? value : low, grid);
+        index[i] = finite ? found : grid.bins;
       }
     } else {
       for (int i = 0; i < count; ++i) {

@@ -25,8 +25,9 @@ PYOBS_HD Range empty_range() { return {__builtin_huge_valf(), -__builtin_huge_va
 
 PYOBS_HD bool is_empty(Range range) { return range.low > range.high; }
 
-// A zero is positive, whichever of the two zeros came first.
-PYOBS_HD Range positive_zeros(Range range) { return {range.low + 0.0f, range.high + 0.0f}; }
+// One zero and one NaN, whichever of them came first.
+PYOBS_HD float canonical(float value) { return value == value ? value + 0.0f : __builtin_nanf(""); }
+PYOBS_HD Range canonical(Range range) { return {canonical(range.low), canonical(range.high)}; }
 
 // With NaN in either, NaN, as torch.minimum and torch.maximum have it.
 PYOBS_HD Range merge(Range a, Range b) {
@@ -49,7 +50,7 @@ PYOBS_HD Range fold(Range state, Range current, MinmaxUpdate update, float avera
   if (is_empty(current)) {
     return state;
   }
-  current = positive_zeros(current);
+  current = canonical(current);
   const Range unfed = empty_range();
   const bool first = state.low == unfed.low && state.high == unfed.high;
   switch (update) {
