@@ -10,7 +10,6 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NONFINITE = ("ignore", "propagate", "raise")
 IGNORE, PROPAGATE, RAISE = range(3)
-_MOST_DIMS = 64  # of the compiled kernels
 NONFINITE_CODES = {name: code for code, name in enumerate(NONFINITE)}
 
 
@@ -36,8 +35,6 @@ def check_input(op: str, name: str, x: Tensor) -> None:
             f"{op}: {name}: expected a dense tensor of float32, float64, float16 or bfloat16, "
             f"got {_describe(x)}"
         )
-    if x.dim() > _MOST_DIMS:
-        raise ValueError(f"{op}: {name}: expected at most {_MOST_DIMS} dimensions, got {x.dim()}")
 
 
 def check_state(

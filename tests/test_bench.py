@@ -127,4 +127,4 @@ def test_memory_is_seen_at_its_peak() -> None:
     except OSError as error:
         pytest.skip(str(error))
     expected = {"reference": 4e6, "result": 4e6, "fallback": 12e6, "native": 0}
-    assert found == pytest.approx(expected, abs=memory.RESOLUTION)
+    assert found == pytest.approx(expected, abs=2 * memory.RESOLUTION)

@@ -21,11 +21,7 @@ inline void check(bool condition, const Parts&... parts) {
   }
 }
 
-constexpr int64_t kMaxDims = 64;
-
 inline DType input_dtype(const char* op, const char* name, const Tensor& x) {
-  check(x.dim() <= kMaxDims, op, ": ", name, ": expected at most ", kMaxDims, " dimensions, got ",
-        x.dim());
   switch (dtype_of(x)) {
     case ScalarType::Float:
       return DType::float32;

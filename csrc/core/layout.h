@@ -73,7 +73,7 @@ struct Axis {
   int64_t size, stride, group;
 };
 
-constexpr int kMaxAxes = 2 * kMaxDims;  // a block makes two of one
+constexpr int kMaxAxes = 128;  // of more than one element: 64 of two have no address
 
 class Layout {
  public:
@@ -174,6 +174,8 @@ class Layout {
         block = 1;
       }
       const int64_t blocks = block == 0 ? 0 : sizes[d] / block;
+      check(count + 2 <= kMaxAxes, "x: expected at most ", kMaxAxes,
+            " dimensions of more than one element");
       if (block != 1) {
         axes[count++] = {block, strides[d], 0};
       }
@@ -289,13 +291,13 @@ inline Tensor empty_output(const Tensor& x, bool dense) {
   if (dense) {
     return empty_strided(x, x.sizes(), x.strides(), dtype);
   }
-  int64_t strides[kMaxAxes];
+  std::vector<int64_t> strides(x.dim());
   int64_t step = 1;
   for (int64_t d = x.dim() - 1; d >= 0; --d) {
     strides[d] = step;
     step *= std::max<int64_t>(x.size(d), 1);
   }
-  return empty_strided(x, x.sizes(), {strides, static_cast<size_t>(x.dim())}, dtype);
+  return empty_strided(x, x.sizes(), {strides.data(), strides.size()}, dtype);
 }
 
 }  // namespace pyobserver

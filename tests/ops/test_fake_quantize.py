@@ -917,13 +917,19 @@ def test_opcheck_enabled() -> None:
         opcheck("fake_quantize", x, scale, zero_point, -8, 7, None, enabled)
 
 
-def test_more_dimensions_than_have_an_address() -> None:
-    scale, zero_point = qparams(-8, 7, None, torch.int32)
-    for x in (torch.ones(4)[::2].view([1] * 99 + [2]), torch.empty([0] + [1] * 99)):
-        with pytest.raises(ValueError, match="x: expected at most 64 dimensions, got 100"):
-            ops.fake_quantize(x, scale, zero_point, -8, 7)
-    most = torch.empty([0] + [1] * 63)
-    assert ops.fake_quantize(most, scale, zero_point, -8, 7).shape == most.shape
+def test_more_dimensions_than_have_an_address(backend: Backend) -> None:
+    scale, zero_point = (t.to(backend.device) for t in qparams(-8, 7, None, torch.int32))
+    op = backend.op("_fake_quantize")
+    x = sample(4).to(backend.device)[::2]
+    y = op(x.view([1] * 199 + [2]), scale, zero_point, -8, 7)
+    assert_same(y.flatten(), op(x.contiguous(), scale, zero_point, -8, 7))
+    for shape in ([0] + [1] * 199, [0] + [1] * 63):
+        empty = torch.empty(shape, device=backend.device)
+        assert op(empty, scale, zero_point, -8, 7).shape == empty.shape
+    ones = [1] * 64
+    blocks = scale.reshape(ones), zero_point.reshape(ones)
+    alone = op(x[:1].view(ones), *blocks, -8, 7, None, None, ones)
+    assert_same(alone.flatten(), y.flatten()[:1])
 
 
 @pytest.mark.skipif(not pyobserver.native_status.cpu, reason="the reference copies first")
