@@ -21,6 +21,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 _SCALE_BITS = 7  # of the mantissa of the scales that are tried
 _MOST_EXTREMES = 256
+_OCTAVES = 26
 _LEAST_SCALE = {NONE: 2.0**-126, POWER_OF_TWO: 2.0**-126, FP16: 2.0**-24, E8M0: 2.0**-127}
 _SCALES_AT_ONCE = 256  # of the reference: memory for speed
 
@@ -229,7 +230,7 @@ def _least_scale(goal: _Goal) -> float:
 
 
 def _scales(goal: _Goal, negative: float, positive: float) -> list[float]:
-    """The scales to try, as far down as one on which the wider side has 2^-24 of its range."""
+    """The scales to try, descending; further down nearly all of the signal would be clipped."""
     n = goal.above
     if goal.below is None:
         top = max(negative, positive) / max(n // 2, 1)
@@ -239,14 +240,11 @@ def _scales(goal: _Goal, negative: float, positive: float) -> list[float]:
     least = _least_scale(goal)
     if top == 0.0:
         return [least]
-    steps = 2**_SCALE_BITS
-    mantissa, exponent = math.frexp(top)
-    powers = goal.constraint in (POWER_OF_TWO, E8M0)
-    tried = [math.ldexp(1.0, exponent - i if mantissa > 0.5 else exponent - i - 1) for i in range(26)]
-    if not powers:
-        units = [units for units in range(2 * steps - 1, steps - 1, -1)]
-        grid = [math.ldexp(unit, exponent - 1 - _SCALE_BITS - i) for i in range(26) for unit in units]
-        tried = [tried[0], *grid]
+    exponent = math.frexp(top)[1]
+    tried = [math.ldexp(1.0, exponent - octave) for octave in range(_OCTAVES)]
+    if goal.constraint in (NONE, FP16):
+        units = range(2**_SCALE_BITS, 2 ** (_SCALE_BITS + 1))
+        tried = [unit * power / 2**_SCALE_BITS for power in tried for unit in units]
         stride = -(-n // _MOST_EXTREMES)
         for extreme, fixed in ((negative, goal.below), (positive, n)):
             if extreme > 0 and goal.below is None:
