@@ -17,7 +17,6 @@ from ._library import define, note_update
 CONSTRAINTS = ("none", "power_of_two", "fp16", "e8m0")
 NONE, POWER_OF_TWO, FP16, E8M0 = range(4)
 CONSTRAINT_CODES = {name: code for code, name in enumerate(CONSTRAINTS)}
-TINY = torch.finfo(torch.float32).tiny
 
 _SCALE_BITS = 7  # of the mantissa of the scales that are tried
 _MOST_EXTREMES = 256
@@ -82,7 +81,7 @@ def _check(
     p: float,
     fixed_zero_point: int | None,
     constraint: int,
-    eps: float,
+    eps: Tensor | None,
     enabled: Tensor | None,
 ) -> None:
     op = "lp_search"
@@ -97,8 +96,9 @@ def _check(
             f"{op}: fixed_zero_point: expected a value in [{quant_min}, {quant_max}], "
             f"got {fixed_zero_point}"
         )
-    if not 0.0 <= eps <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{op}: eps: expected a finite float32 of at least 0, got {eps}")
+    if eps is not None:
+        _checks.check_state(op, "eps", eps, (torch.float32,), 1)
+        _checks.check_same_device(op, counts, {"eps": eps})
 
 
 class _Side:
@@ -218,8 +218,10 @@ def _allowed(value: float, constraint: int) -> float:
 
 
 def _least_scale(goal: _Goal) -> float:
-    eps = to_float32(goal.eps)
-    if goal.constraint in (POWER_OF_TWO, E8M0):
+    eps = goal.eps
+    if not eps > 0:
+        eps = 0.0
+    elif goal.constraint in (POWER_OF_TWO, E8M0):
         mantissa, exponent = math.frexp(eps)
         eps = math.ldexp(1.0, exponent if mantissa > 0.5 else exponent - 1)
     elif (near := _allowed(eps, goal.constraint)) >= eps:
@@ -349,7 +351,7 @@ def reference(
     p: float = 2.0,
     fixed_zero_point: int | None = None,
     constraint: int = NONE,
-    eps: float = TINY,
+    eps: Tensor | None = None,
     enabled: Tensor | None = None,
 ) -> None:
     _check(
@@ -358,7 +360,8 @@ def reference(
     )  # fmt: skip
     if enabled is not None and not bool(enabled):
         return
-    goal = _Goal(None, quant_max - quant_min, p, constraint, eps)
+    least = 0.0 if eps is None else float(eps)
+    goal = _Goal(None, quant_max - quant_min, p, constraint, least)
     if fixed_zero_point is not None:
         goal = goal._replace(below=fixed_zero_point - quant_min, above=quant_max - fixed_zero_point)
     scales, zeros = torch.ones_like(scale).reshape(-1), torch.zeros_like(zero_point).reshape(-1)
@@ -375,8 +378,7 @@ def reference(
 _op = define(
     "lp_search(Tensor counts, Tensor edges, Tensor min_val, Tensor max_val, Tensor(a!) scale, "
     "Tensor(b!) zero_point, Tensor(c!) error, int quant_min, int quant_max, float p=2.0, "
-    f"int? fixed_zero_point=None, int constraint=0, float eps={TINY!r}, "
-    "Tensor? enabled=None) -> ()",
+    "int? fixed_zero_point=None, int constraint=0, Tensor? eps=None, Tensor? enabled=None) -> ()",
     _check,
     reference,
 )
@@ -395,7 +397,7 @@ def lp_search(
     p: float = 2.0,
     fixed_zero_point: int | None = None,
     constraint: str = "none",
-    eps: float = TINY,
+    eps: Tensor | None = None,
     enabled: Tensor | None = None,
 ) -> None:
     """Write the scale and zero point that quantize each histogram with the least L_p error.
@@ -431,7 +433,7 @@ def lp_search(
         constraint: the scales that are allowed: ``"none"``: any float32; ``"power_of_two"``;
             ``"fp16"``: those of a float16; ``"e8m0"``: the powers of two from 2^-127 to 2^127 (OCP
             microscaling). The op has them as 0 to 3.
-        eps: no scale below the first allowed one that is not below eps is tried.
+        eps: float32, one element: no scale below it is tried; None: down to 2^-126, 2^-24 for fp16.
         enabled: one element (uint8, int64 or bool); 0 changes nothing.
 
     Raises:

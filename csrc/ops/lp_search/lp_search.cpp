@@ -99,8 +99,8 @@ void write_errors(const LpErrors& errors, double total, double* out) {
 void lp_search(const Tensor& counts, const Tensor& edges, const Tensor& min_val,
                const Tensor& max_val, const Tensor& scale, const Tensor& zero_point,
                const Tensor& error, int64_t quant_min, int64_t quant_max, double p,
-               std::optional<int64_t> fixed_zero_point, int64_t constraint, double eps,
-               std::optional<Tensor> enabled) {
+               std::optional<int64_t> fixed_zero_point, int64_t constraint,
+               std::optional<Tensor> eps, std::optional<Tensor> enabled) {
   const Histograms histograms(kOpSearch, counts, edges, min_val, max_val);
   check_state(kOpSearch, "scale", scale, counts, ScalarType::Float);
   check_numel(kOpSearch, "scale", scale, histograms.count());
@@ -112,10 +112,12 @@ void lp_search(const Tensor& counts, const Tensor& edges, const Tensor& min_val,
   check(constraint >= 0 && constraint <= 3, kOpSearch,
         ": constraint: expected 0 (none), 1 (power_of_two), 2 (fp16) or 3 (e8m0), got ",
         constraint);
-  check(eps >= 0.0 && is_finite(static_cast<float>(eps)), kOpSearch,
-        ": eps: expected a finite float32 of at least 0, got ", eps);
+  if (eps.has_value()) {
+    check_state(kOpSearch, "eps", *eps, counts, ScalarType::Float);
+    check_numel(kOpSearch, "eps", *eps, 1);
+  }
   LpGoal goal = {-1, quant_max - quant_min, p, static_cast<Constraint>(constraint),
-                 static_cast<float>(eps)};
+                 eps.has_value() ? *const_data<float>(*eps) : 0.0f};
   if (fixed_zero_point.has_value()) {
     check(quant_min <= *fixed_zero_point && *fixed_zero_point <= quant_max, kOpSearch,
           ": fixed_zero_point: expected a value in [", quant_min, ", ", quant_max, "], got ",

@@ -428,7 +428,10 @@ class Scales {
   }
 
   double allowed_above(float least) const {
-    double value = static_cast<double>(least);
+    const double value = static_cast<double>(least);
+    if (!(value > 0.0)) {
+      return 0.0;
+    }
     if (is_power_of_two()) {
       int exponent = 0;
       const double mantissa = __builtin_frexp(value, &exponent);
