@@ -19,6 +19,7 @@ _REFERENCES = {
     "minmax": ("minmax", "reference"),
     "histogram": ("histogram", "reference"),
     "histogram_combine": ("histogram", "reference_combine"),
+    "log_histogram": ("log_histogram", "reference"),
     "range_search": ("range_search", "reference"),
     "choose_qparams": ("choose_qparams", "reference"),
     "_fake_quantize": ("fake_quantize", "reference"),

@@ -3,6 +3,7 @@
 from .choose_qparams import choose_qparams
 from .fake_quantize import fake_quantize
 from .histogram import histogram, histogram_combine
+from .log_histogram import log_columns, log_edges, log_histogram, mantissa_bits_of
 from .lp_search import lp_error, lp_search
 from .minmax import minmax
 from .observe_fake_quantize import observe_fake_quantize
@@ -13,8 +14,12 @@ __all__ = [
     "fake_quantize",
     "histogram",
     "histogram_combine",
+    "log_columns",
+    "log_edges",
+    "log_histogram",
     "lp_error",
     "lp_search",
+    "mantissa_bits_of",
     "minmax",
     "observe_fake_quantize",
     "range_search",
