@@ -3,6 +3,7 @@
 from .choose_qparams import choose_qparams
 from .fake_quantize import fake_quantize
 from .histogram import histogram, histogram_combine
+from .kl_search import kl_search
 from .log_histogram import log_columns, log_edges, log_histogram, mantissa_bits_of
 from .lp_search import lp_error, lp_search
 from .minmax import minmax
@@ -14,6 +15,7 @@ __all__ = [
     "fake_quantize",
     "histogram",
     "histogram_combine",
+    "kl_search",
     "log_columns",
     "log_edges",
     "log_histogram",
