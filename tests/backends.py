@@ -21,6 +21,7 @@ _REFERENCES = {
     "histogram_combine": ("histogram", "reference_combine"),
     "log_histogram": ("log_histogram", "reference"),
     "range_search": ("range_search", "reference"),
+    "kl_search": ("kl_search", "reference"),
     "choose_qparams": ("choose_qparams", "reference"),
     "_fake_quantize": ("fake_quantize", "reference"),
     "_fake_quantize_mask": ("fake_quantize", "reference_mask"),

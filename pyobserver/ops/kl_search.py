@@ -12,7 +12,7 @@ _LN2 = 0.6931471805599453
 _ROOT_OF_HALF = 0.7071067811865476
 _ENTROPY_UNIT = 2.0**-58  # the entropies of 2^30 bins are below 2^5
 _EQUAL_DIVERGENCE = 2.0**-44  # more than the errors of rounding, less than what samples tell
-_CHUNK = 1 << 20  # levels looked at together
+_CHUNK = 1 << 18  # levels looked at together
 
 
 def _check(
@@ -84,15 +84,16 @@ def _divergences(counts: Tensor, kept: Tensor, levels: int) -> Tensor:
     entropies = (shares * -_log(shares) * (1 / _ENTROPY_UNIT)).round().long()
     occupied_before, entropy_before = _before((counts > 0).long()), _before(entropies)
 
-    step = kept.double() / levels
+    # the bins of linspace(0, kept, levels + 1); with more levels than bins each bin has its own
+    step = kept.double() / kept.clamp(max=levels)
     edges = torch.arange(levels + 1, dtype=torch.float64)[:, None] * step
-    edges = edges.ceil().long()  # the bins of linspace(0, kept, levels + 1)
+    edges = torch.minimum(edges.ceil().long(), kept)
     edges[-1] = kept
     in_level = before[edges].diff(dim=0).double() * unit
     occupied = occupied_before[edges].diff(dim=0).double()
     entropy = entropy_before[edges].diff(dim=0).double() * _ENTROPY_UNIT
-    log_mean = _log(in_level / occupied.clamp(min=1))
-    lost = (-(in_level * log_mean) - entropy).clamp(min=0)
+    mean = in_level / occupied.clamp(min=1)
+    lost = (-(in_level * _log(mean)) - entropy).clamp(min=0)
     within = torch.zeros(kept.shape, dtype=torch.float64)
     for of_level in torch.where(occupied > 1, lost, 0.0):
         within = within + of_level
@@ -101,7 +102,8 @@ def _divergences(counts: Tensor, kept: Tensor, levels: int) -> Tensor:
     last = counts[kept - 1]
     moved, raised = dropped.double() * unit, (last + dropped).double() * unit
     last_entropy = entropies[kept - 1].double() * _ENTROPY_UNIT
-    at_end = raised * _log(raised) + last_entropy - moved * log_mean[-1]
+    last_mean = torch.where(kept < levels, last.double() * unit, mean[-1])
+    at_end = raised * _log(raised) + last_entropy - moved * _log(last_mean)
     whole = float(total) * unit
     clipped = within + at_end + whole * _log(before[kept].double() * unit / whole)
     clipped = torch.where(last > 0, clipped, float("inf"))
@@ -114,7 +116,7 @@ def _search(counts: Tensor, num_levels: int, start_bin: int, stride: int) -> int
     integers = _integers(counts)
     if integers is None:
         return bins
-    levels = min(num_levels, bins)  # with so many each bin has its own
+    levels = min(num_levels, bins)
     kept = torch.arange(min(start_bin, bins), bins + 1, min(stride, bins))
     parts = kept.split(max(1, _CHUNK // levels))
     divergences = torch.cat([_divergences(integers, part, levels) for part in parts])

@@ -141,6 +141,17 @@ def range_search(op: Op, x: Tensor) -> Sequence[Tensor]:
     return [*state, *op("range_search")(*state[:3], 256)]
 
 
+def kl_search(op: Op, x: Tensor) -> Sequence[Tensor]:
+    counts, *state = (torch.zeros(6000, dtype=torch.float64), *state_of())
+    op("histogram")(x.abs(), counts, *state)
+    many = counts.reshape(3, 4, 500)
+    return [
+        op("kl_search")(counts, 128),
+        op("kl_search")(many, 30, 7),
+        op("kl_search")(many, 8, 20),
+    ]
+
+
 def choose_qparams(op: Op, x: Tensor) -> Sequence[Tensor]:
     ends = x[:20_000].float().nan_to_num(0.0, 1e30, -1e30).reshape(2, -1).sort(0).values
     found = []
@@ -233,6 +244,7 @@ WORK: dict[str, Work] = {
         for layout in ("contiguous", "transposed", "sliced", "expanded")
     },
     "range_search": range_search,
+    "kl_search": kl_search,
     "choose_qparams": choose_qparams,
     "fake_quantize": fake_quantize("none"),
     "fake_quantize_axis": fake_quantize("axis", "contiguous"),
@@ -278,7 +290,8 @@ def test_same_bytes(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", [name for name in WORK if "sliced" not in name])
 def test_same_as_the_reference(name: str, dtype: torch.dtype) -> None:
     """Its numbers: one NaN is as good as another."""
-    if not NATIVE or (name in ("range_search", "choose_qparams") and dtype != torch.float32):
+    searches = ("range_search", "kl_search", "choose_qparams")
+    if not NATIVE or (name in searches and dtype != torch.float32):
         pytest.skip("one kernel alone, or the dtype changes nothing")
     x = values(dtype, special=name != "range_search")
     with threads(2):

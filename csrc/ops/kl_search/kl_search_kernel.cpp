@@ -104,13 +104,15 @@ double sum_levels(const KlSums* sums, int64_t kept, int32_t levels, double unit,
 }
 
 // The divergence of a candidate, times the total.
-double divergence(const KlSums* sums, int64_t bins, int64_t kept, int32_t levels, double unit) {
+double divergence(const KlSums* sums, int64_t bins, int64_t kept, int64_t num_levels, double unit) {
   const int64_t total = sums[bins].counts;
   const int64_t dropped = total - sums[kept].counts;
   const int64_t end = sums[kept].counts - sums[kept - 1].counts;
   if (dropped > 0 && end == 0) {
     return __builtin_huge_val();
   }
+  // with more levels than bins each bin has its own all the same
+  const auto levels = static_cast<int32_t>(num_levels < kept ? num_levels : kept);
   LastLevel last;
   const double within = sum_levels(sums, kept, levels, unit, &last);
   if (dropped == 0) {
@@ -134,12 +136,10 @@ int64_t search(const double* counts, int64_t bins, int64_t num_levels, int64_t s
   }
   const double unit = unit_of(scratch.sums[bins].counts);
   sum_entropies(bins, unit, scratch.sums);
-  // with as many levels as bins or more each bin has its own
-  const auto levels = static_cast<int32_t>(num_levels < bins ? num_levels : bins);
   const int64_t candidates = (bins - start) / stride + 1;
   double best = __builtin_huge_val();
   for (int64_t i = 0; i < candidates; ++i) {
-    const double found = divergence(scratch.sums, bins, start + i * stride, levels, unit);
+    const double found = divergence(scratch.sums, bins, start + i * stride, num_levels, unit);
     scratch.divergences[i] = found;
     best = found < best ? found : best;
   }
