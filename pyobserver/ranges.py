@@ -1,0 +1,515 @@
+"""Scales from stored statistics: collect once, solve for any method, width and scheme.
+
+A :class:`Histogram` is what an observer has collected; :func:`solve` asks a method for the scale
+and zero point of a :class:`Grid`, and says what error to expect.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .ops.choose_qparams import choose_qparams
+from .ops.kl_search import kl_search
+from .ops.log_histogram import log_edges, mantissa_bits_of
+from .ops.lp_search import CONSTRAINTS, lp_error, lp_search
+from .ops.range_search import range_search
+
+_TINY = torch.finfo(torch.float32).tiny
+_HALF_MAX, _HALF_MIN = 65504.0, 2.0**-24
+LEAST_BITS, MOST_BITS = 2, 16
+
+
+class Histogram(NamedTuple):
+    """One histogram, or many of as many bins; the values of a bin lie evenly in it.
+
+    Attributes:
+        counts: float64 ``(..., bins)``.
+        edges: float64 ``(bins + 1,)`` for all, or ``(..., bins + 1)``; ascending.
+        min_val, max_val: float32 ``(...)``: the least and greatest value; +inf and -inf of none.
+        spacing: ``"linear"`` or ``"log"``.
+    """
+
+    counts: Tensor
+    edges: Tensor
+    min_val: Tensor
+    max_val: Tensor
+    spacing: str
+
+    @classmethod
+    def linear(cls, counts: Tensor, min_val: Tensor, max_val: Tensor) -> Histogram:
+        """Of equal bins from ``min_val`` to ``max_val``, as :class:`HistogramObserver` has them."""
+        share = torch.linspace(0, 1, counts.shape[-1] + 1, dtype=torch.float64).to(counts.device)
+        low, high = min_val.double().unsqueeze(-1), max_val.double().unsqueeze(-1)
+        return cls(counts, low + (high - low) * share, min_val, max_val, "linear")
+
+    @classmethod
+    def log(cls, counts: Tensor, min_val: Tensor, max_val: Tensor) -> Histogram:
+        """Of the counts of :func:`pyobserver.ops.log_histogram`: int64 ``(..., columns)``."""
+        edges = log_edges(mantissa_bits_of(counts.shape[-1])).to(counts.device)
+        finite = counts[..., 1:-2].to(torch.float64).contiguous()
+        return cls(finite, edges, min_val, max_val, "log")
+
+    @classmethod
+    def load(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any], prefix: str = ""
+    ) -> Histogram:
+        """Of a histogram observer's ``state_dict``, ours or torch.ao's, or the file of one.
+
+        Args:
+            source: the dict, or the path of a file that ``torch.load(weights_only=True)`` reads.
+            prefix: what comes before the observer's keys in a model's dict, as ``"fc.observer."``.
+
+        Raises:
+            ValueError: there is no histogram under that prefix.
+        """
+        state = source
+        if not isinstance(state, Mapping):
+            state = torch.load(state, map_location="cpu", weights_only=True)
+        ends = [state.get(prefix + name) for name in ("min_val", "max_val")]
+        if None not in ends:
+            if (counts := state.get(prefix + "counts")) is not None:
+                return cls.log(counts, *ends)
+            if (counts := state.get(prefix + "histogram")) is not None:
+                low, high = (end.reshape(counts.shape[:-1]) for end in ends)
+                return cls.linear(counts.double(), low, high)
+        found = sorted({key.rpartition(".")[0] for key in state if key.endswith("min_val")})
+        raise ValueError(
+            f"load: source: expected counts or histogram, min_val and max_val under {prefix!r}, "
+            f"got a state of observers at {found}"
+        )
+
+
+class Grid(NamedTuple):
+    """The integers that a tensor is quantized to, and the scales it may have.
+
+    Attributes:
+        quant_min, quant_max: the least and the greatest integer.
+        zero_point: the fixed one of a symmetric scheme; None: affine, any.
+        scale_constraint: ``"none"``, ``"power_of_two"``, ``"fp16"`` or ``"e8m0"``.
+        eps: float32, one element: the least scale.
+    """
+
+    quant_min: int
+    quant_max: int
+    zero_point: int | None
+    scale_constraint: str
+    eps: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        bits: int = 8,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        symmetric: bool = False,
+        narrow_range: bool = False,
+        scale_constraint: str = "none",
+        eps: float = _TINY,
+    ) -> Grid:
+        """The grid of a number of bits, or of given bounds.
+
+        Args:
+            bits: 2 to 16: ``0 .. 2^bits - 1``, if symmetric ``-2^(bits-1) .. 2^(bits-1) - 1``.
+            quant_min, quant_max: both or neither: bounds instead of bits.
+            symmetric: zero lies in the middle: 0, or half the levels where ``quant_min`` is 0.
+            narrow_range: leave out the least integer.
+            scale_constraint: the scales that are allowed, see :func:`pyobserver.ops.lp_search`.
+            eps: the least scale.
+
+        Raises:
+            ValueError: names the argument, what was expected and what came.
+        """
+        if not isinstance(bits, int) or not LEAST_BITS <= bits <= MOST_BITS:
+            raise ValueError(
+                f"bits: expected an integer in [{LEAST_BITS}, {MOST_BITS}], got {bits!r}"
+            )
+        _checks.check_choice("solve", "scale_constraint", scale_constraint, CONSTRAINTS)
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"solve: eps: expected a positive finite number, got {eps}")
+        if (quant_min is None) != (quant_max is None):
+            raise ValueError(
+                "solve: quant_min, quant_max: expected both or neither, "
+                f"got quant_min={quant_min}, quant_max={quant_max}"
+            )
+        if quant_min is None or quant_max is None:
+            quant_min = -(2 ** (bits - 1)) if symmetric else 0
+            quant_max = quant_min + 2**bits - 1
+        _checks.check_quant_range("solve", quant_min, quant_max)
+        zero_point = None
+        if symmetric:
+            zero_point = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
+        return cls(
+            quant_min + narrow_range, quant_max, zero_point, scale_constraint, torch.tensor([eps])
+        )
+
+
+class Solution(NamedTuple):
+    """A scale and zero point, and the error they are expected to make on the data collected.
+
+    All shaped as the ``min_val`` of the histogram. Errors are means over the finite values.
+
+    Attributes:
+        scale: float32.
+        zero_point: int64.
+        min_val, max_val: float32: the range, from the least to the greatest level.
+        clipping_error: float64: the squared error of values that are rounded to beyond the grid.
+        rounding_error: float64: that of all the others.
+        signal: float64: the mean square of the values.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    min_val: Tensor
+    max_val: Tensor
+    clipping_error: Tensor
+    rounding_error: Tensor
+    signal: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """The mean squared error."""
+        return self.clipping_error + self.rounding_error
+
+    @property
+    def sqnr(self) -> Tensor:
+        """Signal to quantization noise in dB; infinite where there is no error."""
+        return 10 * torch.log10(self.signal / self.error)
+
+
+Range = tuple[Tensor, Tensor]
+Choice = tuple[Tensor, Tensor]
+
+
+def _cumulative(histogram: Histogram, at: Tensor, inclusive: bool = True) -> Tensor:
+    """How many values lie below each of ``at`` ``(..., n)``, or not above them."""
+    edges, counts = _clamped_edges(histogram), histogram.counts
+    before = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
+    bin_of = torch.searchsorted(edges, at.contiguous(), right=inclusive) - 1
+    bin_of = bin_of.clamp(0, counts.shape[-1] - 1)
+    begin, end = edges.gather(-1, bin_of), edges.gather(-1, bin_of + 1)
+    reached = (at >= begin) if inclusive else (at > begin)
+    share = torch.where(end > begin, ((at - begin) / (end - begin)).clamp(0, 1), reached.double())
+    return before.gather(-1, bin_of) + counts.gather(-1, bin_of) * share
+
+
+def _clamped_edges(histogram: Histogram) -> Tensor:
+    """The edges of each histogram, none outside the values seen."""
+    low = histogram.min_val.double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
+    high = histogram.max_val.double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
+    edges = histogram.edges.nan_to_num(0.0).expand(*histogram.counts.shape[:-1], -1)
+    return torch.minimum(torch.maximum(edges, low), high).contiguous()
+
+
+def _quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:
+    """The value that a share of all values does not exceed."""
+    upto = counts.cumsum(-1)
+    target = upto[..., -1:] * share
+    bin_of = torch.searchsorted(upto, target).clamp(max=counts.shape[-1] - 1)
+    begin, end = edges.gather(-1, bin_of), edges.gather(-1, bin_of + 1)
+    count = counts.gather(-1, bin_of)
+    rest = (target - (upto.gather(-1, bin_of) - count)) / count.clamp(min=1e-300)
+    return (begin + (end - begin) * rest.clamp(0, 1)).squeeze(-1)
+
+
+def _magnitudes(histogram: Histogram, at: Tensor) -> Tensor:
+    """How many values have a magnitude of at most each of ``at`` ``(..., n)``."""
+    return _cumulative(histogram, at) - _cumulative(histogram, -at, inclusive=False)
+
+
+def _within(histogram: Histogram, bound: Tensor) -> Range:
+    """The range of the values whose magnitude a float64 bound allows."""
+    bound = bound.float()
+    return torch.maximum(histogram.min_val, -bound), torch.minimum(histogram.max_val, bound)
+
+
+def _linear_counts(histogram: Histogram, bins: int) -> Tensor:
+    """The counts carried to equal bins from the least to the greatest value."""
+    if histogram.spacing == "linear" and histogram.counts.shape[-1] == bins:
+        return histogram.counts
+    whole = Histogram.linear(
+        histogram.counts.new_zeros((*histogram.counts.shape[:-1], bins)),
+        histogram.min_val,
+        histogram.max_val,
+    )
+    return _cumulative(histogram, whole.edges.nan_to_num(0.0)).diff(dim=-1).contiguous()
+
+
+def _constrained(scale: Tensor, constraint: str) -> Tensor:
+    """The scale made one that is allowed: a power of two not below it, the nearest float16."""
+    if constraint == "fp16":
+        return scale.clamp(_HALF_MIN, _HALF_MAX).half().float()
+    if constraint in ("power_of_two", "e8m0"):
+        mantissa, exponent = torch.frexp(scale)
+        power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        return torch.where(scale > 0, power, scale)
+    return scale
+
+
+def _of_range(low: Tensor, high: Tensor, grid: Grid) -> Choice:
+    """Scale and zero point of a range, as the min/max observers choose them."""
+    scale = torch.empty_like(low, memory_format=torch.contiguous_format)
+    zero_point = torch.empty_like(scale, dtype=torch.int64)
+    mapping = "affine" if grid.zero_point is None else "symmetric"
+    eps = grid.eps.to(low.device)
+    choose_qparams(
+        low.contiguous(), high.contiguous(), scale, zero_point, eps,
+        grid.quant_min, grid.quant_max, mapping, grid.zero_point or 0,
+    )  # fmt: skip
+    if grid.scale_constraint != "none":
+        scale = torch.where(low > high, scale, _constrained(scale, grid.scale_constraint))
+        if grid.zero_point is None:
+            shift = torch.round(low.clamp(max=0.0) / scale).nan_to_num(0.0).long()
+            shifted = (grid.quant_min - shift).clamp(grid.quant_min, grid.quant_max)
+            zero_point = torch.where(low > high, zero_point, shifted)
+    return scale, zero_point
+
+
+def minmax(histogram: Histogram, grid: Grid, enabled: Tensor | None = None) -> Choice:
+    """The range of all values: nothing is clipped."""
+    return _of_range(histogram.min_val, histogram.max_val, grid)
+
+
+def percentile(
+    histogram: Histogram, grid: Grid, enabled: Tensor | None = None, *, percentile: float = 0.9999
+) -> Choice:
+    """The range of a share of the values: of the magnitudes if symmetric, else of the middle.
+
+    Affine: half of what is left out is left out on either side. Source: the calibrators of
+    ONNX Runtime (both) and NVIDIA's pytorch-quantization (magnitudes).
+    """
+    edges = _clamped_edges(histogram)
+    if grid.zero_point is not None:
+        bounds = edges.abs().sort(-1).values
+        counts = _magnitudes(histogram, bounds).diff(dim=-1)
+        return _of_range(*_within(histogram, _quantile(counts, bounds, percentile)), grid)
+    cut = (1 - percentile) / 2
+    low = _quantile(histogram.counts, edges, cut).float()
+    high = _quantile(histogram.counts, edges, 1 - cut).float()
+    return _of_range(
+        torch.maximum(low, histogram.min_val), torch.minimum(high, histogram.max_val), grid
+    )
+
+
+def lp(
+    histogram: Histogram, grid: Grid, enabled: Tensor | None = None, *, p: float = 2.4
+) -> Choice:
+    """The least mean ``|x - quantized x|^p`` of all ranges, see :func:`pyobserver.ops.lp_search`.
+
+    The default exponent is that of the weights in Nagel et al., "A White Paper on Neural Network
+    Quantization" (2021), and of MQBench.
+    """
+    scale = torch.empty_like(histogram.min_val, memory_format=torch.contiguous_format)
+    zero_point = torch.empty_like(scale, dtype=torch.int64)
+    error = torch.empty((*scale.shape, 3), dtype=torch.float64, device=scale.device)
+    lp_search(
+        *histogram[:4], scale, zero_point, error, grid.quant_min, grid.quant_max, float(p),
+        grid.zero_point, grid.scale_constraint, grid.eps.to(scale.device), enabled,
+    )  # fmt: skip
+    return scale, zero_point
+
+
+def mse(histogram: Histogram, grid: Grid, enabled: Tensor | None = None) -> Choice:
+    """The least mean squared error of all ranges, see :func:`pyobserver.ops.lp_search`."""
+    return lp(histogram, grid, enabled, p=2.0)
+
+
+def kl(
+    histogram: Histogram,
+    grid: Grid,
+    enabled: Tensor | None = None,
+    *,
+    bins: int = 2048,
+    start_bin: int = 128,
+    stride: int = 1,
+) -> Choice:
+    """The clip of the magnitudes whose quantization diverges least from them.
+
+    NVIDIA's entropy calibration (pytorch-quantization, after TensorRT), see
+    :func:`pyobserver.ops.kl_search`: on ``bins`` equal bins of the magnitudes, over the levels of
+    one sign. Values that are all positive have all the levels of an affine grid.
+    """
+    wider = torch.maximum(-histogram.min_val, histogram.max_val).double().nan_to_num(0.0, 0.0, 0.0)
+    share = torch.linspace(0, 1, bins + 1, dtype=torch.float64).to(wider.device)
+    upto = _magnitudes(histogram, wider.unsqueeze(-1) * share)
+    counts = upto.diff(dim=-1)
+    counts[..., 0] += upto[..., 0]
+    levels = grid.quant_max - grid.quant_min + 1
+    kept = kl_search(counts, max(levels // 2, 2), start_bin, stride, enabled)
+    if grid.zero_point is None:
+        of_all = kl_search(counts, levels, start_bin, stride, enabled)
+        kept = torch.where((histogram.min_val >= 0) | (histogram.max_val <= 0), of_all, kept)
+    return _of_range(*_within(histogram, wider * kept / bins), grid)
+
+
+def l2_greedy(
+    histogram: Histogram,
+    grid: Grid,
+    enabled: Tensor | None = None,
+    *,
+    bins: int = 2048,
+    levels: int | None = None,
+) -> Choice:
+    """torch's greedy search over linear bins, see :func:`pyobserver.ops.range_search`.
+
+    ``levels``: those that the search assumes; None: as many as the grid has. A linear histogram is
+    searched on its own bins, another is carried to ``bins`` equal ones.
+    """
+    bins = histogram.counts.shape[-1] if histogram.spacing == "linear" else bins
+    ends = histogram.min_val.contiguous(), histogram.max_val.contiguous()
+    levels = grid.quant_max - grid.quant_min + 1 if levels is None else levels
+    return _of_range(*range_search(_linear_counts(histogram, bins), *ends, levels, enabled), grid)
+
+
+METHODS: dict[str, Callable[..., Choice]] = {
+    method.__name__: method for method in (minmax, percentile, mse, lp, kl, l2_greedy)
+}
+
+
+def check_method(owner: str, method: str, options: Mapping[str, Any]) -> None:
+    """Refuse a method that does not exist, or options that it does not take.
+
+    Raises:
+        ValueError: an unknown method, or an option's value.
+        TypeError: an option that the method does not have.
+    """
+    _checks.check_choice(owner, "method", method, tuple(METHODS))
+    known = [
+        name
+        for name, parameter in inspect.signature(METHODS[method]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(
+                f"{owner}: {name}: expected one of the options of method {method!r} "
+                f"({', '.join(known) or 'none'}), got {value!r}"
+            )
+        least, most, what = _OPTIONS[name]
+        number = isinstance(value, (int, float)) if what == "a number" else isinstance(value, int)
+        optional = value is None and name == "levels"
+        if not optional and (
+            not number or isinstance(value, bool) or not least <= value <= most or value == 0
+        ):
+            bounds = f"({least}, {most}]" if least == 0 else f"[{least}, {most}]"
+            raise ValueError(f"{owner}: {name}: expected {what} in {bounds}, got {value!r}")
+
+
+_OPTIONS: dict[str, tuple[float, float, str]] = {
+    "percentile": (0, 1, "a number"),
+    "p": (0, 16, "a number"),
+    "bins": (2, 2**20, "an integer"),
+    "start_bin": (1, 2**20, "an integer"),
+    "stride": (1, 2**20, "an integer"),
+    "levels": (2, 2**32, "an integer"),
+}
+
+
+def choose(
+    histogram: Histogram,
+    method: str,
+    grid: Grid,
+    options: Mapping[str, Any],
+    enabled: Tensor | None = None,
+) -> Choice:
+    """Scale (float32) and zero point (int64) by a method, shaped as ``min_val``; no device sync.
+
+    A histogram that was never fed gets 1 and 0, one whose range is not finite what its range
+    gives. With ``enabled`` 0 the search is left out, and the result means nothing.
+    """
+    scale, zero_point = METHODS[method](histogram, grid, enabled, **options)
+    if method == "minmax":
+        return scale, zero_point
+    usable = histogram.min_val.isfinite() & histogram.max_val.isfinite()
+    of_range, zero_of_range = minmax(histogram, grid)
+    return torch.where(usable, scale, of_range), torch.where(usable, zero_point, zero_of_range)
+
+
+def stack(histograms: Sequence[Histogram]) -> Histogram:
+    """Histograms of as many bins and one spacing as the rows ``(total, bins)`` of one."""
+    bins = histograms[0].counts.shape[-1]
+    shared = histograms[0].spacing == "log"
+    edges = histograms[0].edges
+    if not shared:
+        edges = torch.cat([h.edges.reshape(-1, bins + 1) for h in histograms])
+    return Histogram(
+        torch.cat([h.counts.reshape(-1, bins) for h in histograms]),
+        edges,
+        torch.cat([h.min_val.reshape(-1) for h in histograms]),
+        torch.cat([h.max_val.reshape(-1) for h in histograms]),
+        histograms[0].spacing,
+    )
+
+
+def solve_all(
+    histograms: Sequence[Histogram], method: str = "mse", grid: Grid | None = None, **options: Any
+) -> list[Solution]:
+    """:func:`solve` for many histograms: those of one kind in one call, over torch's threads.
+
+    Args:
+        histograms: of any bins and shapes.
+        method, options: as for :func:`solve`.
+        grid: the grid of all of them; None: ``Grid.of()``.
+    """
+    check_method("solve", method, options)
+    grid = Grid.of() if grid is None else grid
+    kinds: dict[Any, list[int]] = {}
+    for i, histogram in enumerate(histograms):
+        if not bool((histogram.min_val <= histogram.max_val).any()):
+            raise ValueError("solve: histogram: expected one that was fed, got no values")
+        key = histogram.counts.shape[-1], histogram.spacing, histogram.counts.device
+        kinds.setdefault(key, []).append(i)
+    solutions: dict[int, Solution] = {}
+    for indices in kinds.values():
+        rows = stack([histograms[i] for i in indices])
+        scale, zero_point = choose(rows, method, grid, options)
+        error = lp_error(*rows[:4], scale, zero_point, grid.quant_min, grid.quant_max)
+        low, high = ((end - zero_point) * scale for end in (grid.quant_min, grid.quant_max))
+        columns = scale, zero_point, low, high, *error.unbind(-1)
+        sizes = [histograms[i].min_val.numel() for i in indices]
+        for i, parts in zip(
+            indices, zip(*(c.split(sizes) for c in columns), strict=True), strict=True
+        ):
+            solutions[i] = Solution(*(part.reshape(histograms[i].min_val.shape) for part in parts))
+    return [solutions[i] for i in range(len(histograms))]
+
+
+def solve(
+    histogram: Histogram,
+    method: str = "mse",
+    bits: int = 8,
+    *,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    symmetric: bool = False,
+    narrow_range: bool = False,
+    scale_constraint: str = "none",
+    eps: float = _TINY,
+    **options: Any,
+) -> Solution:
+    """Scale and zero point of a histogram by a method, with the error they are expected to make.
+
+    Args:
+        histogram: the statistic, see :class:`Histogram`.
+        method: ``"minmax"``; ``"percentile"`` (option ``percentile``, in (0, 1], 0.9999);
+            ``"mse"``: the least squared error; ``"lp"`` (``p``, 2.4); ``"kl"`` (``bins``,
+            ``start_bin``, ``stride``): NVIDIA's entropy calibration; ``"l2_greedy"`` (``bins``,
+            ``levels``): torch's search.
+        bits, quant_min, quant_max, symmetric, narrow_range, scale_constraint, eps: see
+            :meth:`Grid.of`. ``"mse"`` and ``"lp"`` search among the scales that are allowed; the
+            others' is made one: the next power of two, the nearest float16.
+
+    Returns:
+        The :class:`Solution`, shaped as ``histogram.min_val``.
+
+    Raises:
+        ValueError, TypeError: name the argument, what was expected and what came.
+    """
+    grid = Grid.of(bits, quant_min, quant_max, symmetric, narrow_range, scale_constraint, eps)
+    return solve_all([histogram], method, grid, **options)[0]
