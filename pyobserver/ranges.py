@@ -72,13 +72,13 @@ class Histogram(NamedTuple):
         state = source
         if not isinstance(state, Mapping):
             state = torch.load(state, map_location="cpu", weights_only=True)
-        ends = [state.get(prefix + name) for name in ("min_val", "max_val")]
-        if None not in ends:
+        low, high = (state.get(prefix + name) for name in ("min_val", "max_val"))
+        if low is not None and high is not None:
             if (counts := state.get(prefix + "counts")) is not None:
-                return cls.log(counts, *ends)
+                return cls.log(counts, low, high)
             if (counts := state.get(prefix + "histogram")) is not None:
-                low, high = (end.reshape(counts.shape[:-1]) for end in ends)
-                return cls.linear(counts.double(), low, high)
+                shape = counts.shape[:-1]
+                return cls.linear(counts.double(), low.reshape(shape), high.reshape(shape))
         found = sorted({key.rpartition(".")[0] for key in state if key.endswith("min_val")})
         raise ValueError(
             f"load: source: expected counts or histogram, min_val and max_val under {prefix!r}, "
@@ -473,9 +473,8 @@ def solve_all(
         low, high = ((end - zero_point) * scale for end in (grid.quant_min, grid.quant_max))
         columns = scale, zero_point, low, high, *error.unbind(-1)
         sizes = [histograms[i].min_val.numel() for i in indices]
-        for i, parts in zip(
-            indices, zip(*(c.split(sizes) for c in columns), strict=True), strict=True
-        ):
+        pieces = zip(*(column.split(sizes) for column in columns), strict=True)
+        for i, parts in zip(indices, pieces, strict=True):
             solutions[i] = Solution(*(part.reshape(histograms[i].min_val.shape) for part in parts))
     return [solutions[i] for i in range(len(histograms))]
 
