@@ -1,8 +1,8 @@
 """Observers and fake-quantize for PyTorch, in compiled kernels."""
 
+from . import distributed, ops
 from . import fake_quantize as _fake_quantize
 from . import observers as _observers
-from . import ops
 from ._native import NativeStatus
 from ._native import status as native_status
 from ._version import __version__
@@ -20,6 +20,7 @@ __all__ = [
     "Site",
     "__version__",
     "calibrate",
+    "distributed",
     "get_observer_state_dict",
     "load_observer_state_dict",
     "native_status",

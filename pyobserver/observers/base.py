@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .. import _checks
 from ..compat.hosts import offer_to_hosts, register_with_hosts
 from ..dtypes import PER_CHANNEL, PER_TENSOR, SYMMETRIC, check_qscheme, quant_bounds
 from ..ops.choose_qparams import choose_qparams
+from . import merging
 from .factory import FactoryMixin
 
 _EPS = torch.finfo(torch.float32).eps
@@ -79,6 +81,11 @@ class ObserverBase(StatisticsModule, ABC):
         self.dtype = dtype
         self.is_dynamic = is_dynamic
 
+    @property
+    def _merges(self) -> Mapping[str, str]:
+        """The buffers that are statistics, and the rule by which each merges (``merging.py``)."""
+        return {}
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor: ...
 
@@ -91,7 +98,8 @@ class UniformQuantizationObserverBase(ObserverBase):
     """Base of the observers that choose a scale and a zero point from a range.
 
     A subclass keeps its statistics in buffers, folds a tensor into them with one op call in
-    :meth:`observe`, and says what range they stand for in :meth:`observed_range`.
+    :meth:`observe`, says what range they stand for in :meth:`observed_range`, and how its buffers
+    merge with those of another in ``_merges``.
 
     Args:
         dtype: the quantized type (``pyobserver.dtypes``).
@@ -161,6 +169,10 @@ class UniformQuantizationObserverBase(ObserverBase):
         self.register_buffer(
             "nonfinite_count", torch.zeros((), dtype=torch.int64, device=device), persistent=False
         )
+
+    @property
+    def _merges(self) -> Mapping[str, str]:
+        return merging.RUNNING
 
     @property
     def _mapping(self) -> str:
@@ -260,6 +272,37 @@ class UniformQuantizationObserverBase(ObserverBase):
         self.min_val.fill_(torch.inf)
         self.max_val.fill_(-torch.inf)
         self.nonfinite_count.zero_()
+
+    def merge(self, other: UniformQuantizationObserverBase) -> None:
+        """Take in the statistics of another observer, in place.
+
+        The rules are those of :func:`pyobserver.distributed.sync`, this observer and ``other``
+        being the ranks. ``a + b`` is a merged copy of ``a``.
+
+        Raises:
+            TypeError: ``other`` is no observer of this kind.
+            ValueError: its class, bins, axis or number of channels is another. Either way the
+                statistics are as they were.
+        """
+        owner = f"{type(self).__name__}.merge"
+        if not isinstance(other, UniformQuantizationObserverBase):
+            raise TypeError(f"{owner}: other: expected an observer, got {type(other).__name__}")
+        channels = {merging.channels_of(self), merging.channels_of(other)} - {0}
+        ours, theirs = (
+            f"{merging.describe(observer)} ({merging.channels_of(observer)} channels)"
+            for observer in (self, other)
+        )
+        if merging.describe(self) != merging.describe(other) or len(channels) > 1:
+            raise ValueError(
+                f"{owner}: other: statistics of different observers: expected {ours}, got {theirs}"
+            )
+        device = self.nonfinite_count.device
+        merging.merge([[self], [other]], [max(channels, default=0)], device, lambda *_: None)
+
+    def __add__(self, other: UniformQuantizationObserverBase) -> UniformQuantizationObserverBase:
+        merged = copy.deepcopy(self)
+        merged.merge(other)
+        return merged
 
     def extra_repr(self) -> str:
         return f"min_val={self.min_val}, max_val={self.max_val}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,9 +11,19 @@ from torch import Tensor
 from .. import _checks
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_TENSOR, check_qscheme
-from ..ops.histogram import COMBINES, UPSAMPLE_RATE, check_upsample_rate, histogram
+from ..ops.histogram import (
+    COMBINES,
+    UPSAMPLE_RATE,
+    check_upsample_rate,
+    histogram,
+    histogram_combine,
+)
 from ..ops.range_search import range_search
+from . import merging
 from .base import UniformQuantizationObserverBase
+
+# times so many, any counts are beyond what is computed in float32
+_BEYOND_FLOAT32 = 2.0**25
 
 
 @offer_to_hosts
@@ -34,6 +45,7 @@ class HistogramObserver(UniformQuantizationObserverBase):
     """
 
     histogram: Tensor
+    _merges: ClassVar[Mapping[str, str]] = {**merging.RUNNING, "histogram": "bins"}
 
     def __init__(
         self,
@@ -100,6 +112,25 @@ class HistogramObserver(UniformQuantizationObserverBase):
 
     def observed_range(self, enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return range_search(self.histogram, self.min_val, self.max_val, self.dst_nbins, enabled)
+
+    def counts_over(self, min_val: Tensor, max_val: Tensor) -> Tensor:
+        """The counts carried to a wider range by the midpoints of parts, none rounded away.
+
+        Where that range is not finite they are as they were.
+        """
+        low, high = (end.to(self.histogram.device, copy=True) for end in (min_val, max_val))
+        finite = low.isfinite() & high.isfinite()
+        carried = torch.zeros_like(self.histogram)
+        histogram_combine(
+            carried,
+            low,
+            high,
+            self.histogram * _BEYOND_FLOAT32,
+            self.min_val,
+            self.max_val,
+            upsample_rate=self.upsample_rate,
+        )
+        return torch.where(finite, carried / _BEYOND_FLOAT32, self.histogram)
 
     def reset_min_max_vals(self) -> None:
         super().reset_min_max_vals()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_CHANNEL, PER_TENSOR, check_qscheme
 from ..ops.minmax import minmax
 from ..ops.observe_fake_quantize import observe_fake_quantize
+from . import merging
 from .base import UniformQuantizationObserverBase, new_full
 
 
@@ -36,6 +38,12 @@ class _MinMaxBase(UniformQuantizationObserverBase):
     _per_channel: bool
     ch_axis: int  # of those per channel
     averaging_constant: float  # of the moving averages
+
+    @property
+    def _merges(self) -> Mapping[str, str]:
+        if self._update == "memoryless" or self.is_dynamic:
+            return {}  # of the last tensor alone
+        return merging.AVERAGED if self._update == "moving_average" else merging.RUNNING
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
         own = self.__dict__  # an attribute of an nn.Module costs a tenth of the call

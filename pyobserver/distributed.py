@@ -1,0 +1,151 @@
+"""The statistics of all ranks of a job on every one of them, over ``torch.distributed``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .observers import ObserverBase, merging
+
+__all__ = ["sync"]
+
+_UNSIZED = 2**62  # more channels than any
+
+
+def sync(
+    model_or_observers: nn.Module | Iterable[ObserverBase], group: dist.ProcessGroup | None = None
+) -> None:
+    """Give every rank the statistics of all ranks' data, in place, and the same bytes to each.
+
+    To be called by every rank of the group, after calibrating a copy of the model on data of its
+    own. Ranks that saw no data, or other numbers of batches, take part like the others. However
+    many observers there are: two small all-reduces to agree on them, and one an operation and
+    dtype for their buffers.
+
+    * Least and greatest values, counts of log histograms, ``nonfinite_count``: what one process
+      has that sees all the data, to the byte.
+    * Moving averages: the mean over the ranks that were fed, in float64, rounded once.
+    * Linear histograms (:class:`HistogramObserver`): over the union of the ranges, to which each
+      rank carries its counts by the midpoints of ``upsample_rate`` parts of a bin; summed in
+      float64.
+    * Memoryless and dynamic observers, and those that gather no statistics (fixed parameters,
+      placeholders, recorders): left as they are.
+
+    The scale and zero point of a fake-quantize are left as they are too: its next forward with the
+    observer on writes them, and ``calculate_qparams`` gives those of all the data.
+
+    Call it once, when all the data is seen: counts that are summed again are counted once a rank.
+    To go on observing after it, reset the observers of all ranks but one.
+
+    Args:
+        model_or_observers: a module, whose observers are synced, also those inside its
+            fake-quantizes (the hosts' own observers are not); an observer; or some observers.
+        group: the ranks that take part; None: all. A process outside it does nothing, and so does
+            one alone. Its backend must serve the observers' devices, or the observers' statistics
+            are reduced on the device that it does serve.
+
+    Raises:
+        TypeError: neither a module nor observers; on the rank that gave it, before any
+            communication.
+        RuntimeError: no process group is initialized.
+        ValueError: the ranks have different observers, or one that saw different numbers of
+            channels; on every rank, which keeps its statistics as they were.
+
+    Source: the ``sync_minmax`` of Horizon's observers, for least and greatest values.
+    """
+    observers = _observers(model_or_observers)
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "sync: torch.distributed: expected an initialized process group "
+            "(torch.distributed.init_process_group), got none"
+        )
+    if dist.get_world_size(group) < 2:  # -1 outside the group
+        return
+    device = _reduction_device(list(observers.values()), group)
+    channels = _agreed_channels(observers, device, group)
+
+    def reduce(operation: str, flat: Tensor) -> None:
+        dist.all_reduce(flat, getattr(dist.ReduceOp, operation.upper()), group)
+
+    with torch.no_grad():
+        merging.merge([list(observers.values())], channels, device, reduce)
+
+
+def _observers(given: Any) -> dict[str, Any]:
+    """Those that have statistics to merge, each once, by names to report them by."""
+    if isinstance(given, nn.Module):
+        named = [(name or type(module).__name__, module) for name, module in given.named_modules()]
+        named = [(name, module) for name, module in named if isinstance(module, ObserverBase)]
+    elif isinstance(given, Iterable):
+        named = [(f"model_or_observers[{i}]", observer) for i, observer in enumerate(given)]
+    else:
+        raise TypeError(
+            "sync: model_or_observers: expected a module, an observer or an iterable of observers, "
+            f"got {type(given).__name__}"
+        )
+    found, seen = {}, set()
+    for name, observer in named:
+        if not isinstance(observer, ObserverBase):
+            raise TypeError(f"sync: {name}: expected an observer, got {type(observer).__name__}")
+        if observer._merges and id(observer) not in seen:
+            found[name] = observer
+            seen.add(id(observer))
+    return found
+
+
+def _reduction_device(observers: list[Any], group: Any) -> torch.device:
+    """Where the first observer is, if the group's backends serve that; else where they serve."""
+    config = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+    served = [pair.partition(":")[0] for pair in config.split(",")]
+    if observers and observers[0].nonfinite_count.device.type in served:
+        return observers[0].nonfinite_count.device
+    return torch.device("cpu" if "cpu" in served else served[0])
+
+
+def _agreed_channels(observers: dict[str, Any], device: torch.device, group: Any) -> list[int]:
+    """The number of channels of each observer, once all ranks have the same observers."""
+    agreement = _reduction_device([], group)
+    least, greatest = _extremes([len(observers), _code(device.type)], agreement, group)
+    if least != greatest:
+        raise ValueError(
+            "sync: model_or_observers: expected as many observers on every rank, on one type of "
+            f"device, got {least[0]} to {greatest[0]} (here {len(observers)}, on {device.type})"
+        )
+    if not observers:
+        return []
+    kinds = [_code(merging.describe(observer)) for observer in observers.values()]
+    sizes = [merging.channels_of(observer) for observer in observers.values()]
+    fed = [size or _UNSIZED for size in sizes]
+    least, greatest = _extremes([*kinds, *sizes, *fed], agreement, group)
+    count = len(observers)
+    for i, (name, observer) in enumerate(observers.items()):
+        if least[i] != greatest[i]:
+            raise ValueError(
+                f"sync: {name}: expected the same observer on every rank, got others "
+                f"(here {merging.describe(observer)})"
+            )
+        fewest, most = least[2 * count + i], greatest[count + i]
+        if most and fewest != most:
+            raise ValueError(
+                f"sync: {name}: expected one number of channels on every rank, "
+                f"got {fewest} to {most} (here {sizes[i]})"
+            )
+    return greatest[count : 2 * count]
+
+
+def _extremes(values: list[int], device: torch.device, group: Any) -> tuple[list[int], list[int]]:
+    """The least and the greatest of each value over the ranks."""
+    both = torch.tensor([values, [-value for value in values]], device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX, group)
+    greatest, negated = both.tolist()
+    return [-value for value in negated], greatest
+
+
+def _code(text: str) -> int:
+    """A number below 2^62 for a text, the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
