@@ -277,7 +277,8 @@ class UniformQuantizationObserverBase(ObserverBase):
         """Take in the statistics of another observer, in place.
 
         The rules are those of :func:`pyobserver.distributed.sync`, this observer and ``other``
-        being the ranks. ``a + b`` is a merged copy of ``a``.
+        being the ranks: counts add, and of moving averages the two weigh alike. ``a + b`` is a
+        merged copy of ``a``.
 
         Raises:
             TypeError: ``other`` is no observer of this kind.
@@ -287,17 +288,16 @@ class UniformQuantizationObserverBase(ObserverBase):
         owner = f"{type(self).__name__}.merge"
         if not isinstance(other, UniformQuantizationObserverBase):
             raise TypeError(f"{owner}: other: expected an observer, got {type(other).__name__}")
-        channels = {merging.channels_of(self), merging.channels_of(other)} - {0}
-        ours, theirs = (
-            f"{merging.describe(observer)} ({merging.channels_of(observer)} channels)"
-            for observer in (self, other)
-        )
-        if merging.describe(self) != merging.describe(other) or len(channels) > 1:
+        expected, got = merging.describe(self), merging.describe(other)
+        channels, others = merging.channels_of(self), merging.channels_of(other)
+        if expected == got and channels and others and channels != others:
+            expected, got = f"{channels} channels", f"{others}"
+        if expected != got:
             raise ValueError(
-                f"{owner}: other: statistics of different observers: expected {ours}, got {theirs}"
+                f"{owner}: other: statistics of different observers: expected {expected}, got {got}"
             )
         device = self.nonfinite_count.device
-        merging.merge([[self], [other]], [max(channels, default=0)], device, lambda *_: None)
+        merging.merge([[self], [other]], [channels or others], device, lambda *_: None)
 
     def __add__(self, other: UniformQuantizationObserverBase) -> UniformQuantizationObserverBase:
         merged = copy.deepcopy(self)
