@@ -46,8 +46,8 @@ def sync(
         model_or_observers: a module, whose observers are synced, also those inside its
             fake-quantizes (the hosts' own observers are not); an observer; or some observers.
         group: the ranks that take part; None: all. A process outside it does nothing, and so does
-            one alone. Its backend must serve the observers' devices, or the observers' statistics
-            are reduced on the device that it does serve.
+            one alone. Where its backends do not serve the device of the observers, the statistics
+            are reduced on one that they do serve.
 
     Raises:
         TypeError: neither a module nor observers; on the rank that gave it, before any
@@ -77,7 +77,7 @@ def sync(
 
 
 def _observers(given: Any) -> dict[str, Any]:
-    """Those that have statistics to merge, each once, by names to report them by."""
+    """Those that have statistics to merge, by names to report them by."""
     if isinstance(given, nn.Module):
         named = [(name or type(module).__name__, module) for name, module in given.named_modules()]
         named = [(name, module) for name, module in named if isinstance(module, ObserverBase)]
@@ -88,13 +88,12 @@ def _observers(given: Any) -> dict[str, Any]:
             "sync: model_or_observers: expected a module, an observer or an iterable of observers, "
             f"got {type(given).__name__}"
         )
-    found, seen = {}, set()
+    found = {}
     for name, observer in named:
         if not isinstance(observer, ObserverBase):
             raise TypeError(f"sync: {name}: expected an observer, got {type(observer).__name__}")
-        if observer._merges and id(observer) not in seen:
+        if observer._merges:
             found[name] = observer
-            seen.add(id(observer))
     return found
 
 

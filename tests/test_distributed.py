@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_ranks import CHECKS, Counts, PerChannelCounts, batches, carried, state_bytes
+from distributed_ranks import (
+    CHECKS,
+    Counts,
+    PerChannelCounts,
+    batches,
+    carried,
+    counting_all_reduces,
+    state_bytes,
+)
 from torch import nn
 
 import pyobserver as po
@@ -77,7 +85,9 @@ def one_rank() -> Iterator[None]:
 def test_one_rank_keeps_what_it_has(name: str) -> None:
     observer = fed(MERGED[name], 1)
     before = state_bytes(observer)
-    sync(observer)
+    with counting_all_reduces() as calls:
+        sync(observer)
+    assert not calls
     assert state_bytes(observer) == before
 
 
@@ -85,6 +95,19 @@ def test_one_rank_keeps_what_it_has(name: str) -> None:
 def test_one_rank_without_observers() -> None:
     sync(nn.Linear(2, 2))
     sync([])
+
+
+@pytest.mark.parametrize(
+    ("backend", "served"), [("gloo", "cpu"), ("nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu")]
+)
+def test_reduces_where_a_backend_serves(
+    backend: str, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Observers on the CPU, which NCCL does not reach."""
+    config = str(dist.distributed_c10d.BackendConfig(dist.Backend(backend)))
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+    device = po.distributed._reduction_device([po.MinMaxObserver()], None)
+    assert device == torch.device(served)
 
 
 def test_no_process_group() -> None:
