@@ -31,30 +31,35 @@ class Histogram(NamedTuple):
 
     Attributes:
         counts: float64 ``(..., bins)``.
-        edges: float64 ``(bins + 1,)`` for all, or ``(..., bins + 1)``; ascending.
         min_val, max_val: float32 ``(...)``: the least and greatest value; +inf and -inf of none.
-        spacing: ``"linear"`` or ``"log"``.
+        spacing: ``"linear"``: equal bins from ``min_val`` to ``max_val``; ``"log"``: those of
+            :func:`pyobserver.ops.log_histogram`.
     """
 
     counts: Tensor
-    edges: Tensor
     min_val: Tensor
     max_val: Tensor
     spacing: str
 
     @classmethod
-    def linear(cls, counts: Tensor, min_val: Tensor, max_val: Tensor) -> Histogram:
-        """Of equal bins from ``min_val`` to ``max_val``, as :class:`HistogramObserver` has them."""
-        share = torch.linspace(0, 1, counts.shape[-1] + 1, dtype=torch.float64).to(counts.device)
-        low, high = min_val.double().unsqueeze(-1), max_val.double().unsqueeze(-1)
-        return cls(counts, low + (high - low) * share, min_val, max_val, "linear")
-
-    @classmethod
     def log(cls, counts: Tensor, min_val: Tensor, max_val: Tensor) -> Histogram:
-        """Of the counts of :func:`pyobserver.ops.log_histogram`: int64 ``(..., columns)``."""
-        edges = log_edges(mantissa_bits_of(counts.shape[-1])).to(counts.device)
+        """Of the int64 counts ``(..., columns)`` of :func:`pyobserver.ops.log_histogram`."""
+        mantissa_bits_of(counts.shape[-1])
         finite = counts[..., 1:-2].to(torch.float64).contiguous()
-        return cls(finite, edges, min_val, max_val, "log")
+        return cls(finite, min_val, max_val, "log")
+
+    def edges(self) -> Tensor:
+        """The ends of the bins: float64 ``(..., bins + 1)``, or ``(bins + 1,)`` where all share."""
+        bins = self.counts.shape[-1]
+        if self.spacing == "log":
+            return log_edges(mantissa_bits_of(bins + 3)).to(self.counts.device)
+        share = torch.linspace(0, 1, bins + 1, dtype=torch.float64).to(self.counts.device)
+        low, high = self.min_val.double().unsqueeze(-1), self.max_val.double().unsqueeze(-1)
+        return low + (high - low) * share
+
+    def finite(self) -> Tensor:
+        """Where there is a finite range: bool ``(...)``."""
+        return self.min_val.isfinite() & self.max_val.isfinite()
 
     @classmethod
     def load(
@@ -78,7 +83,7 @@ class Histogram(NamedTuple):
                 return cls.log(counts, low, high)
             if (counts := state.get(prefix + "histogram")) is not None:
                 shape = counts.shape[:-1]
-                return cls.linear(counts.double(), low.reshape(shape), high.reshape(shape))
+                return cls(counts.double(), low.reshape(shape), high.reshape(shape), "linear")
         found = sorted({key.rpartition(".")[0] for key in state if key.endswith("min_val")})
         raise ValueError(
             f"load: source: expected counts or histogram, min_val and max_val under {prefix!r}, "
@@ -203,7 +208,7 @@ def _clamped_edges(histogram: Histogram) -> Tensor:
     """The edges of each histogram, none outside the values seen."""
     low = histogram.min_val.double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
     high = histogram.max_val.double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
-    edges = histogram.edges.nan_to_num(0.0).expand(*histogram.counts.shape[:-1], -1)
+    edges = histogram.edges().nan_to_num(0.0).expand(*histogram.counts.shape[:-1], -1)
     return torch.minimum(torch.maximum(edges, low), high).contiguous()
 
 
@@ -225,20 +230,25 @@ def _magnitudes(histogram: Histogram, at: Tensor) -> Tensor:
 
 def _within(histogram: Histogram, bound: Tensor) -> Range:
     """The range of the values whose magnitude a float64 bound allows."""
-    bound = bound.float()
-    return torch.maximum(histogram.min_val, -bound), torch.minimum(histogram.max_val, bound)
+    return _inside(histogram, -bound, bound)
+
+
+def _inside(histogram: Histogram, low: Tensor, high: Tensor) -> Range:
+    """A range of float64 ends cut to the values seen; theirs where that is not finite."""
+    finite = histogram.finite()
+    low = torch.maximum(histogram.min_val, low.float())
+    high = torch.minimum(histogram.max_val, high.float())
+    return torch.where(finite, low, histogram.min_val), torch.where(finite, high, histogram.max_val)
 
 
 def _linear_counts(histogram: Histogram, bins: int) -> Tensor:
     """The counts carried to equal bins from the least to the greatest value."""
     if histogram.spacing == "linear" and histogram.counts.shape[-1] == bins:
         return histogram.counts
-    whole = Histogram.linear(
-        histogram.counts.new_zeros((*histogram.counts.shape[:-1], bins)),
-        histogram.min_val,
-        histogram.max_val,
-    )
-    return _cumulative(histogram, whole.edges.nan_to_num(0.0)).diff(dim=-1).contiguous()
+    edges = Histogram(
+        histogram.counts.new_empty((*histogram.counts.shape[:-1], bins)), *histogram[1:3], "linear"
+    ).edges()
+    return _cumulative(histogram, edges.nan_to_num(0.0)).diff(dim=-1).contiguous()
 
 
 def _constrained(scale: Tensor, constraint: str) -> Tensor:
@@ -271,6 +281,12 @@ def _of_range(low: Tensor, high: Tensor, grid: Grid) -> Choice:
     return scale, zero_point
 
 
+def _arguments(histogram: Histogram) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The histogram as the ops take it."""
+    ends = histogram.min_val.contiguous(), histogram.max_val.contiguous()
+    return histogram.counts, histogram.edges().contiguous(), *ends
+
+
 def minmax(histogram: Histogram, grid: Grid, enabled: Tensor | None = None) -> Choice:
     """The range of all values: nothing is clipped."""
     return _of_range(histogram.min_val, histogram.max_val, grid)
@@ -290,11 +306,8 @@ def percentile(
         counts = _magnitudes(histogram, bounds).diff(dim=-1)
         return _of_range(*_within(histogram, _quantile(counts, bounds, percentile)), grid)
     cut = (1 - percentile) / 2
-    low = _quantile(histogram.counts, edges, cut).float()
-    high = _quantile(histogram.counts, edges, 1 - cut).float()
-    return _of_range(
-        torch.maximum(low, histogram.min_val), torch.minimum(high, histogram.max_val), grid
-    )
+    ends = (_quantile(histogram.counts, edges, share) for share in (cut, 1 - cut))
+    return _of_range(*_inside(histogram, *ends), grid)
 
 
 def lp(
@@ -309,10 +322,12 @@ def lp(
     zero_point = torch.empty_like(scale, dtype=torch.int64)
     error = torch.empty((*scale.shape, 3), dtype=torch.float64, device=scale.device)
     lp_search(
-        *histogram[:4], scale, zero_point, error, grid.quant_min, grid.quant_max, float(p),
+        *_arguments(histogram), scale, zero_point, error, grid.quant_min, grid.quant_max, float(p),
         grid.zero_point, grid.scale_constraint, grid.eps.to(scale.device), enabled,
     )  # fmt: skip
-    return scale, zero_point
+    of_range, zero_of_range = minmax(histogram, grid)  # 1 and 0 of no values, NaN of NaN
+    finite = histogram.finite()
+    return torch.where(finite, scale, of_range), torch.where(finite, zero_point, zero_of_range)
 
 
 def mse(histogram: Histogram, grid: Grid, enabled: Tensor | None = None) -> Choice:
@@ -423,24 +438,14 @@ def choose(
     A histogram that was never fed gets 1 and 0, one whose range is not finite what its range
     gives. With ``enabled`` 0 the search is left out, and the result means nothing.
     """
-    scale, zero_point = METHODS[method](histogram, grid, enabled, **options)
-    if method == "minmax":
-        return scale, zero_point
-    usable = histogram.min_val.isfinite() & histogram.max_val.isfinite()
-    of_range, zero_of_range = minmax(histogram, grid)
-    return torch.where(usable, scale, of_range), torch.where(usable, zero_point, zero_of_range)
+    return METHODS[method](histogram, grid, enabled, **options)
 
 
 def stack(histograms: Sequence[Histogram]) -> Histogram:
-    """Histograms of as many bins and one spacing as the rows ``(total, bins)`` of one."""
+    """Histograms of as many bins and one spacing as the rows of one."""
     bins = histograms[0].counts.shape[-1]
-    shared = histograms[0].spacing == "log"
-    edges = histograms[0].edges
-    if not shared:
-        edges = torch.cat([h.edges.reshape(-1, bins + 1) for h in histograms])
     return Histogram(
         torch.cat([h.counts.reshape(-1, bins) for h in histograms]),
-        edges,
         torch.cat([h.min_val.reshape(-1) for h in histograms]),
         torch.cat([h.max_val.reshape(-1) for h in histograms]),
         histograms[0].spacing,
@@ -469,7 +474,7 @@ def solve_all(
     for indices in kinds.values():
         rows = stack([histograms[i] for i in indices])
         scale, zero_point = choose(rows, method, grid, options)
-        error = lp_error(*rows[:4], scale, zero_point, grid.quant_min, grid.quant_max)
+        error = lp_error(*_arguments(rows), scale, zero_point, grid.quant_min, grid.quant_max)
         low, high = ((end - zero_point) * scale for end in (grid.quant_min, grid.quant_max))
         columns = scale, zero_point, low, high, *error.unbind(-1)
         sizes = [histograms[i].min_val.numel() for i in indices]
