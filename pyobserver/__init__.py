@@ -1,6 +1,6 @@
 """Observers and fake-quantize for PyTorch, in compiled kernels."""
 
-from . import distributed, ops
+from . import distributed, ops, ranges
 from . import fake_quantize as _fake_quantize
 from . import observers as _observers
 from ._native import NativeStatus
@@ -25,6 +25,7 @@ __all__ = [
     "load_observer_state_dict",
     "native_status",
     "ops",
+    "ranges",
     "register_with_hosts",
 ]
 __all__ += [*_fake_quantize.__all__, *_observers.__all__]

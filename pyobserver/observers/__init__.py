@@ -20,6 +20,15 @@ from .defaults import (
     weight_observer_range_neg_127_to_127,
 )
 from .histogram import HistogramObserver
+from .histogram_base import HistogramObserverBase, calculate_qparams
+from .log_histogram import (
+    KLObserver,
+    LogHistogramObserver,
+    MSEObserver,
+    PerBlockLogHistogramObserver,
+    PercentileObserver,
+    PerChannelLogHistogramObserver,
+)
 from .minmax import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
@@ -37,16 +46,24 @@ from .passive import (
 __all__ = [
     "FixedQParamsObserver",
     "HistogramObserver",
+    "HistogramObserverBase",
+    "KLObserver",
+    "LogHistogramObserver",
+    "MSEObserver",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
     "NoopObserver",
     "ObserverBase",
+    "PerBlockLogHistogramObserver",
+    "PerChannelLogHistogramObserver",
     "PerChannelMinMaxObserver",
+    "PercentileObserver",
     "PlaceholderObserver",
     "RecordingObserver",
     "ReuseInputObserver",
     "UniformQuantizationObserverBase",
+    "calculate_qparams",
     "default_affine_fixed_qparams_observer",
     "default_debug_observer",
     "default_dynamic_quant_observer",

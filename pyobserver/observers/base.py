@@ -165,6 +165,9 @@ class UniformQuantizationObserverBase(ObserverBase):
                 f"{type(self).__name__}: eps: expected a positive finite float32, got {eps}"
             )
         self.register_buffer("eps", least_scale.to(device))
+        self._register_nonfinite_count(device)
+
+    def _register_nonfinite_count(self, device: Any) -> None:
         # not saved: the keys of the state_dict are torch.ao's
         self.register_buffer(
             "nonfinite_count", torch.zeros((), dtype=torch.int64, device=device), persistent=False

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, ranges
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_TENSOR, check_qscheme
 from ..ops.histogram import (
@@ -18,16 +18,15 @@ from ..ops.histogram import (
     histogram,
     histogram_combine,
 )
-from ..ops.range_search import range_search
 from . import merging
-from .base import UniformQuantizationObserverBase
+from .histogram_base import HistogramObserverBase
 
 # times so many, any counts are beyond what is computed in float32
 _BEYOND_FLOAT32 = 2.0**25
 
 
 @offer_to_hosts
-class HistogramObserver(UniformQuantizationObserverBase):
+class HistogramObserver(HistogramObserverBase):
     """A histogram of all tensors seen; the range is the one whose L2 error is found least.
 
     Args:
@@ -36,12 +35,15 @@ class HistogramObserver(UniformQuantizationObserverBase):
             ``combine="midpoint"``, 128 for ``"aligned"``.
         combine: how counts are carried to a wider range, see :func:`pyobserver.ops.histogram`:
             ``"midpoint"`` as torch 2.13 does, ``"aligned"`` as torch up to 2.3 did.
+        method, method_kwargs, scale_constraint: how ``calculate_qparams`` chooses, see
+            :func:`pyobserver.ranges.solve`; by default torch's greedy search.
         Others: :class:`UniformQuantizationObserverBase`; qscheme is a per-tensor one.
 
     Buffers: ``histogram``: float64 ``(bins,)``, counts; ``min_val``, ``max_val``: float32, 0-d.
 
     Source: ``torch.ao.quantization.HistogramObserver`` of torch 2.13. Its search takes the levels
-    of the whole dtype, whatever ``quant_min`` and ``quant_max``; so does this one.
+    of the whole dtype, whatever ``quant_min`` and ``quant_max``; so does this one. Every other
+    method, and :meth:`solve`, takes those of the grid.
     """
 
     histogram: Tensor
@@ -60,6 +62,9 @@ class HistogramObserver(UniformQuantizationObserverBase):
         is_dynamic: bool = False,
         upsample_rate: int | None = None,
         combine: str = "midpoint",
+        method: str = "l2_greedy",
+        method_kwargs: Mapping[str, Any] | None = None,
+        scale_constraint: str = "none",
         **kwargs: Any,
     ):
         owner = type(self).__name__
@@ -76,6 +81,9 @@ class HistogramObserver(UniformQuantizationObserverBase):
         if not isinstance(bins, int) or bins < 2:
             raise ValueError(f"{owner}: bins: expected an integer of at least 2, got {bins}")
         super().__init__(
+            method,
+            method_kwargs,
+            scale_constraint,
             dtype,
             qscheme,
             reduce_range,
@@ -110,8 +118,13 @@ class HistogramObserver(UniformQuantizationObserverBase):
             enabled,
         )
 
-    def observed_range(self, enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return range_search(self.histogram, self.min_val, self.max_val, self.dst_nbins, enabled)
+    def statistic(self) -> ranges.Histogram:
+        return ranges.Histogram(self.histogram, self.min_val, self.max_val, "linear")
+
+    def _options(self) -> Mapping[str, Any]:
+        if self.method == "l2_greedy":
+            return {"levels": self.dst_nbins, **self.method_kwargs}
+        return self.method_kwargs
 
     def counts_over(self, min_val: Tensor, max_val: Tensor) -> Tensor:
         """The counts carried to a wider range by the midpoints of parts, none rounded away.

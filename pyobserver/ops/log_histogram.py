@@ -53,7 +53,6 @@ def mantissa_bits_of(columns: int) -> int:
     return _COLUMNS.index(columns)
 
 
-@cache
 def log_edges(mantissa_bits: int) -> Tensor:
     """The edges of the finite bins, ascending: float64 ``(2 * (255 << mantissa_bits) + 2,)``.
 
@@ -64,12 +63,19 @@ def log_edges(mantissa_bits: int) -> Tensor:
     Raises:
         ValueError: ``mantissa_bits`` outside [0, 10].
     """
+    return _edges(mantissa_bits) if is_compiling() else _kept_edges(mantissa_bits)
+
+
+def _edges(mantissa_bits: int) -> Tensor:
     bins = torch.arange(_greatest_bin(mantissa_bits) + 1)
     bits = (2 * bins + 1) << (22 - mantissa_bits)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     normal = ((exponent + (1023 - 127)) << 52 | mantissa << 29).view(torch.float64)
     edges = torch.where(exponent > 0, normal, mantissa.double() * 2.0**-149)
     return torch.cat([-edges.flip(0), edges])
+
+
+_kept_edges = cache(_edges)
 
 
 def _check_rows(

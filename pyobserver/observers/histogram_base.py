@@ -1,0 +1,165 @@
+"""The base of the observers whose statistic is a histogram, and their scales in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, ranges
+from ..dtypes import SYMMETRIC
+from ..ops.lp_search import CONSTRAINTS
+from .base import ObserverBase, UniformQuantizationObserverBase
+
+
+class HistogramObserverBase(UniformQuantizationObserverBase):
+    """An observer that keeps a histogram, of which any method may be asked for scales.
+
+    Args:
+        method: the method of ``calculate_qparams``, see :func:`pyobserver.ranges.solve`.
+        method_kwargs: its options, as ``{"percentile": 0.999}``.
+        scale_constraint: the scales that are allowed, see :func:`pyobserver.ops.lp_search`.
+        Others: :class:`UniformQuantizationObserverBase`.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        method_kwargs: Mapping[str, Any] | None,
+        scale_constraint: str,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        owner = type(self).__name__
+        ranges.check_method(owner, method, method_kwargs or {})
+        _checks.check_choice(owner, "scale_constraint", scale_constraint, CONSTRAINTS)
+        super().__init__(*args, **kwargs)
+        self.method = method
+        self.method_kwargs = dict(method_kwargs or {})
+        self.scale_constraint = scale_constraint
+
+    def statistic(self) -> ranges.Histogram:
+        """The histogram, of tensors of this observer: for :mod:`pyobserver.ranges`."""
+        raise NotImplementedError
+
+    def solve(
+        self,
+        method: str | None = None,
+        bits: int | None = None,
+        *,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        symmetric: bool | None = None,
+        narrow_range: bool = False,
+        scale_constraint: str | None = None,
+        eps: float | None = None,
+        **options: Any,
+    ) -> ranges.Solution:
+        """Scale and zero point by any method, for any grid, from what was collected.
+
+        Nothing of the observer changes. What is left out is as the observer has it: without
+        ``method`` its own with its options, without ``bits`` and bounds its own grid.
+
+        Args, Returns: as for :func:`pyobserver.ranges.solve`.
+
+        Raises:
+            ValueError: the observer was never fed.
+            ValueError, TypeError: an argument; names it, what was expected and what came.
+        """
+        if method is None:
+            method, options = self.method, {**self.method_kwargs, **options}
+        own = bits is None and quant_min is None and quant_max is None
+        is_symmetric = self.qscheme in SYMMETRIC if symmetric is None else symmetric
+        grid = ranges.Grid.of(
+            8 if bits is None else bits,
+            self.quant_min if own else quant_min,
+            self.quant_max if own else quant_max,
+            is_symmetric,
+            narrow_range,
+            self.scale_constraint if scale_constraint is None else scale_constraint,
+            float(self.eps) if eps is None else eps,
+        )
+        if own and symmetric is None:
+            grid = grid._replace(zero_point=self._grid().zero_point)
+        if not bool((self.min_val <= self.max_val).any()):
+            raise ValueError(
+                f"{type(self).__name__}.solve: expected an observer that was fed, got no values"
+            )
+        return ranges.solve_all([self.statistic()], method, grid, **options)[0]
+
+    def observed_range(self, enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The range that the observer's method chooses: from the least to the greatest level."""
+        scale, zero_point = self._choose(enabled)
+        return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point by the observer's method, see the base class."""
+        self._warn_of_statistics(self.min_val, self.max_val)
+        if self.min_val.numel() == 0:
+            return super().calculate_qparams()
+        return self._finished(*self._choose())
+
+    def write_qparams(
+        self, scale: Tensor, zero_point: Tensor, enabled: Tensor | None = None
+    ) -> None:
+        new_scale, new_zero_point = (t.reshape(scale.shape) for t in self._choose(enabled))
+        if enabled is not None:
+            on = enabled.reshape(()) != 0
+            new_scale = torch.where(on, new_scale, scale)
+            new_zero_point = torch.where(on, new_zero_point, zero_point.long())
+        scale.copy_(new_scale)
+        zero_point.copy_(new_zero_point)
+
+    def _choose(self, enabled: Tensor | None = None) -> ranges.Choice:
+        return ranges.choose(self.statistic(), self.method, self._grid(), self._options(), enabled)
+
+    def _grid(self) -> ranges.Grid:
+        zero_point = self._symmetric_zero_point if self.qscheme in SYMMETRIC else None
+        return ranges.Grid(
+            self.quant_min, self.quant_max, zero_point, self.scale_constraint, self.eps
+        )
+
+    def _options(self) -> Mapping[str, Any]:
+        return self.method_kwargs
+
+    def _finished(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """A choice in the shapes and dtypes of ``calculate_qparams``."""
+        shape = self.min_val.shape or (1,)
+        if self.qscheme not in SYMMETRIC:
+            zero_point = zero_point.int()
+        return scale.reshape(shape), zero_point.reshape(shape)
+
+
+def calculate_qparams(observers: Iterable[ObserverBase]) -> list[tuple[Tensor, Tensor]]:
+    """``calculate_qparams`` of many observers, those of histograms together.
+
+    Histograms that ask the same of the same bins are solved in one call, over torch's threads; any
+    other observer is asked by itself.
+
+    Returns:
+        Scale and zero point of each, as its own ``calculate_qparams`` gives them.
+    """
+    found: list[tuple[Tensor, Tensor] | None] = []
+    alike: dict[Any, list[tuple[int, HistogramObserverBase, ranges.Histogram]]] = {}
+    for i, observer in enumerate(observers):
+        if isinstance(observer, HistogramObserverBase) and observer.min_val.numel() > 0:
+            statistic, grid = observer.statistic(), observer._grid()
+            options = tuple(sorted(observer._options().items()))
+            kind = statistic.spacing, statistic.counts.shape[-1], statistic.counts.device
+            key = observer.method, options, grid[:-1], float(grid.eps), kind
+            alike.setdefault(key, []).append((i, observer, statistic))
+            found.append(None)
+        else:
+            found.append(observer.calculate_qparams())
+    for group in alike.values():
+        first = group[0][1]
+        rows = ranges.stack([statistic for _, _, statistic in group])
+        chosen = ranges.choose(rows, first.method, first._grid(), first._options())
+        sizes = [observer.min_val.numel() for _, observer, _ in group]
+        pieces = zip(*(t.split(sizes) for t in chosen), strict=True)
+        for (i, observer, _), (scale, zero_point) in zip(group, pieces, strict=True):
+            observer._warn_of_statistics(observer.min_val, observer.max_val)
+            found[i] = observer._finished(scale, zero_point)
+    return [qparams for qparams in found if qparams is not None]
