@@ -81,11 +81,11 @@ def _autograd(name: str, factory: Factory, **more: Any) -> Case:
     return Case(name, make, bytes_moved=20 + 2 * _MASK, limit="copy_", **more)
 
 
-def _make_calculate_qparams(size: int, device: str) -> dict[str, Call]:
+def _make_calculate_qparams(factory: Factory, size: int, device: str) -> dict[str, Call]:
     x = normal((size,), device)
 
     def bind(host: ModuleType) -> Call:
-        observer = host.HistogramObserver().to(device)
+        observer: Any = factory(host).to(device)
         observer(x)
         return observer.calculate_qparams
 
@@ -114,6 +114,11 @@ def _minmax(host: ModuleType) -> nn.Module:
 
 def _histogram(host: ModuleType) -> nn.Module:
     return host.HistogramObserver()
+
+
+def _log_histogram(host: ModuleType) -> nn.Module:
+    """torch.ao has none: beside its linear one."""
+    return pyobserver.LogHistogramObserver() if host is pyobserver else _histogram(host)
 
 
 def _per_channel(axis: int) -> Factory:
@@ -155,7 +160,17 @@ CASES = [
     _forward("MovingAveragePerChannelMinMaxObserver, axis 0", _moving_per_channel(0), weight),
     _forward("MovingAveragePerChannelMinMaxObserver, axis 1", _moving_per_channel(1), activation),
     _forward("HistogramObserver", _histogram, headline=True),
-    Case("HistogramObserver.calculate_qparams", _make_calculate_qparams, headline=True),
+    _forward("LogHistogramObserver", _log_histogram, headline=True),
+    Case(
+        "HistogramObserver.calculate_qparams",
+        partial(_make_calculate_qparams, _histogram),
+        headline=True,
+    ),
+    Case(
+        "LogHistogramObserver.calculate_qparams (mse)",
+        partial(_make_calculate_qparams, _log_histogram),
+        headline=True,
+    ),
     _fake_quantize("FakeQuantize", _fake, headline=True),
     _autograd("FakeQuantize, forward and backward", _fake, headline=True),
     _fake_quantize(
@@ -183,6 +198,8 @@ CASES = [
     _forward("MinMaxObserver", _minmax, of_layout, **BY_LAYOUT),
     _forward("PerChannelMinMaxObserver, axis 1", _per_channel(1), of_layout, **BY_LAYOUT),
     _forward("HistogramObserver", _histogram, of_layout, **BY_LAYOUT),
+    _forward("LogHistogramObserver", _log_histogram, of_dtype, **BY_DTYPE),
+    _forward("LogHistogramObserver", _log_histogram, of_layout, **BY_LAYOUT),
 ]
 
 
