@@ -356,10 +356,16 @@ def kl(
     counts = upto.diff(dim=-1)
     counts[..., 0] += upto[..., 0]
     levels = grid.quant_max - grid.quant_min + 1
-    kept = kl_search(counts, max(levels // 2, 2), start_bin, stride, enabled)
-    if grid.zero_point is None:
-        of_all = kl_search(counts, levels, start_bin, stride, enabled)
-        kept = torch.where((histogram.min_val >= 0) | (histogram.max_val <= 0), of_all, kept)
+    # which levels a histogram has is known on its device alone: a search nobody needs is off
+    one_sided = (histogram.min_val >= 0) | (histogram.max_val <= 0)
+    if grid.zero_point is not None:
+        one_sided = torch.zeros_like(one_sided)
+
+    def search(of_sign: int, wanted: Tensor) -> Tensor:
+        on = wanted.any() if enabled is None else wanted.any() & (enabled.reshape(()) != 0)
+        return kl_search(counts, max(of_sign, 2), start_bin, stride, on)
+
+    kept = torch.where(one_sided, search(levels, one_sided), search(levels // 2, ~one_sided))
     return _of_range(*_within(histogram, wider * kept / bins), grid)
 
 
