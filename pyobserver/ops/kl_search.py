@@ -86,12 +86,14 @@ def _divergences(counts: Tensor, kept: Tensor, levels: int) -> Tensor:
 
     # the bins of linspace(0, kept, levels + 1); with more levels than bins each bin has its own
     step = kept.double() / kept.clamp(max=levels)
-    edges = torch.arange(levels + 1, dtype=torch.float64)[:, None] * step
-    edges = torch.minimum(edges.ceil().long(), kept)
+    points = torch.arange(levels + 1, dtype=torch.float64)[:, None] * step
+    edges = points.long()
+    # rounded up; neither ceil nor indexing, which wait for threads at any size
+    edges = torch.minimum(edges + (edges < points), kept)
     edges[-1] = kept
-    in_level = before[edges].diff(dim=0).double() * unit
-    occupied = occupied_before[edges].diff(dim=0).double()
-    entropy = entropy_before[edges].diff(dim=0).double() * _ENTROPY_UNIT
+    in_level = before.take(edges).diff(dim=0).double() * unit
+    occupied = occupied_before.take(edges).diff(dim=0).double()
+    entropy = entropy_before.take(edges).diff(dim=0).double() * _ENTROPY_UNIT
     mean = in_level / occupied.clamp(min=1)
     lost = (-(in_level * _log(mean)) - entropy).clamp(min=0)
     within = torch.where(occupied > 1, lost, 0.0).cumsum(0)[-1]
