@@ -84,18 +84,18 @@ def add(
     nonfinite: str = "ignore",
     block_size: Sequence[int] | None = None,
 ) -> None:
-    """What the op promises, row by row, in numpy."""
+    """What the op promises, in numpy, a row for each group."""
+    if x.numel() == 0:
+        return
     columns = state[0].shape[-1]
-    counts, low, high = (
-        t.numpy().reshape(shape) for t, shape in zip(state, ((-1, columns), -1, -1), strict=True)
-    )
-    for i, row in enumerate(rows_of(x, axis, block_size).numpy()):
-        found = columns_of(row, mantissa_bits_of(columns))
-        counts[i] += np.bincount(found, minlength=columns)
-        kept = row[np.isfinite(row)] if nonfinite == "ignore" else row
-        if kept.size:
-            low[i] = np.minimum(low[i], kept.min() + np.float32(0))
-            high[i] = np.maximum(high[i], kept.max() + np.float32(0))
+    rows = rows_of(x, axis, block_size).numpy()
+    counts, low, high = (t.numpy().reshape(-1) for t in state)
+    found = columns_of(rows, mantissa_bits_of(columns)) + columns * np.arange(len(rows))[:, None]
+    counts += np.bincount(found.reshape(-1), minlength=len(counts))
+    kept = np.isfinite(rows) if nonfinite == "ignore" else np.full(rows.shape, True)
+    zero = np.float32(0)  # a zero is positive
+    low[:] = np.minimum(low, np.where(kept, rows, np.float32(np.inf)).min(1) + zero)
+    high[:] = np.maximum(high, np.where(kept, rows, np.float32(-np.inf)).max(1) + zero)
 
 
 def check(
@@ -119,7 +119,7 @@ def every(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(backend: Backend, size: int | None, dtype: torch.dtype) -> None:
     batches = [sample(size, dtype, seed) * (10 * seed + 1) for seed in range(2)]
-    for bits in (3, 8) if dtype in (torch.float32, torch.float16) else (5,):
+    for bits in (3, 8) if size in (2, 9, 65, 1000) else (3,):
         state = check(backend, batches, bits)
         assert state[0].sum() == sum(x.numel() for x in batches)
     if size and size < 70:
@@ -210,7 +210,7 @@ def test_layouts(backend: Backend, layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_blocks_of_layouts(backend: Backend, layout: str) -> None:
     for dtype in (torch.float32, torch.float16):
-        for block_size in BLOCKS:
+        for block_size in BLOCKS if dtype == torch.float32 else BLOCKS[5:8]:
             grid = grid_of(torch.empty(SHAPE), block_size)
             state, expected = fresh(0, grid, backend.device), fresh(0, grid)
             x = laid_out(layout, dtype, backend.device)
@@ -370,7 +370,7 @@ def test_a_value_that_is_not_finite_at_every_place(
             for place in places:
                 x = sample(n, dtype)
                 x[place] = value
-                check(backend, [x], 5, nonfinite=nonfinite)
+                check(backend, [x], 2, nonfinite=nonfinite)
     masked = sample(200_000)
     masked[torch.arange(200_000) % 3 > 0] = value
     check(backend, [masked], 3, nonfinite=nonfinite)

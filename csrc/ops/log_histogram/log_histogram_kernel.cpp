@@ -144,15 +144,47 @@ PYOBS_HD bool short_columns(const T* x, int n, const ShortBins<T>& bins, uint16_
          (fold_lanes<uint16_t>(least, least_of) >= 0x3ff);
 }
 
-// Rows of the state.
+// A row of the state. Where half of a block are in one column, as the zeros after a ReLU, each
+// would wait for the one before: they are counted in the columns next to each other instead, lane
+// by lane, and then moved.
 struct StateRow {
-  int64_t* counts;
-  int64_t repeat;
+  int64_t *counts, size, repeat;
 
   template <class Column>
-  __attribute__((always_inline)) void add(const Column* columns, int n) const {
+  __attribute__((always_inline)) void add(Column* columns, int n) const {
+    if (n == kBlock) {
+      spread_common(columns);
+    }
     for (int i = 0; i < n; ++i) {
       counts[columns[i]] += repeat;
+    }
+  }
+
+  template <class Column>
+  __attribute__((always_inline)) void spread_common(Column* columns) const {
+    constexpr int kLanes = kVectorBytes / sizeof(Column);
+    using Lanes = Vector<Column>;
+    const Column common = columns[100] == columns[201] ? columns[100] : columns[17];
+    Lanes number = {};
+    for (int i = 0; i < kBlock; i += kLanes) {
+      number -= (Lanes)(load_vector<Column>(columns + i) == common);
+    }
+    const auto sum = [](const auto& a, const auto& b) { return a + b; };
+    const int total = fold_lanes<Column>(number, sum);
+    if (total < kBlock / 2) {
+      return;
+    }
+    const int64_t first = minimum(static_cast<int64_t>(common), size - kLanes);
+    Lanes places = {};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      places[lane] = static_cast<Column>(first + lane);
+      counts[first + lane] -= repeat * number[lane];
+    }
+    counts[common] += repeat * total;
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const Lanes before = load_vector<Column>(columns + i);
+      const Lanes after = before == common ? places : before;
+      __builtin_memcpy(columns + i, &after, sizeof(after));
     }
   }
 };
@@ -163,7 +195,7 @@ struct PartRow {
   int64_t spread;
 
   template <class Column>
-  __attribute__((always_inline)) void add(const Column* columns, int n) const {
+  __attribute__((always_inline)) void add(Column* columns, int n) const {
     int i = 0;
     for (; i + kCopies <= n; i += kCopies) {
       for (int copy = 0; copy < kCopies; ++copy) {
@@ -217,7 +249,7 @@ PYOBS_HD Keys count_short_block(const T* x, int n, const LogSink& sink, const Sh
 
 // All of one channel.
 template <class T, class Row>
-void count_run(const T* x, int64_t n, const LogSink& sink, const Row& row, Keys* keys) {
+void count_run(const T* x, int64_t n, const LogSink& sink, Row row, Keys* keys) {
   const LogBins bins = sink.bins;
   Keys found = *keys;
   int64_t i = 0;
@@ -231,7 +263,7 @@ void count_run(const T* x, int64_t n, const LogSink& sink, const Row& row, Keys*
 }
 
 template <class T, class Row>
-void count_short_run(const T* x, int64_t n, const LogSink& sink, const Row& row, Keys* keys) {
+void count_short_run(const T* x, int64_t n, const LogSink& sink, Row row, Keys* keys) {
   const ShortBins<T> bins(sink.bins);
   Keys found = *keys;
   int64_t i = 0;
@@ -261,7 +293,7 @@ void count_channel(const T* x, int64_t n, int64_t channel, const LogSink& sink) 
   const int64_t at = channel * columns_of(sink.bins);
   Keys keys = {sink.lows[channel], sink.highs[channel]};
   if (sink.part == nullptr) {
-    count_any_run(x, n, sink, StateRow{sink.state + at, sink.repeat}, &keys);
+    count_any_run(x, n, sink, StateRow{sink.state + at, columns_of(sink.bins), sink.repeat}, &keys);
   } else {
     count_any_run(x, n, sink, PartRow{sink.part + at, sink.spread}, &keys);
   }
