@@ -72,18 +72,21 @@ struct ShortBins;
 template <>
 struct ShortBins<BFloat16> {
   static constexpr int16_t infinity = 0x7f80;
-  int16_t half, carry, shift, first;
+  uint16_t half, carry, first;
+  int16_t shift;
 
   __attribute__((always_inline)) explicit ShortBins(const LogBins& bins)
-      : half(bins.mantissa_bits < 7 ? static_cast<int16_t>(64 >> bins.mantissa_bits) : 0),
+      : half(static_cast<uint16_t>(bins.mantissa_bits < 7 ? 64 >> bins.mantissa_bits : 0)),
         carry(bins.mantissa_bits < 7 ? 0 : 1),
-        shift(static_cast<int16_t>(7 - bins.mantissa_bits)),
-        first(static_cast<int16_t>(bins.greatest + 1)) {}
+        first(static_cast<uint16_t>(bins.greatest + 1)),
+        shift(static_cast<int16_t>(7 - bins.mantissa_bits)) {}
 
-  __attribute__((always_inline)) UnsignedShorts columns(const Shorts& bits, const Shorts& sign,
-                                                        const Shorts& key, UnsignedShorts*) const {
-    (void)bits;
-    return (UnsignedShorts)(((key + half + (sign & carry)) >> shift) + first);
+  __attribute__((always_inline)) UnsignedShorts columns(const UnsignedShorts&,
+                                                        const UnsignedShorts& sign,
+                                                        const UnsignedShorts& key,
+                                                        UnsignedShorts*) const {
+    const UnsignedShorts rounded = key + half + (sign & carry);
+    return (UnsignedShorts)((Shorts)rounded >> shift) + first;
   }
 };
 
@@ -92,23 +95,23 @@ struct ShortBins<BFloat16> {
 template <>
 struct ShortBins<Half> {
   static constexpr int16_t infinity = 0x7c00;
-  uint16_t half, rebias;
-  int16_t shift, first;
+  uint16_t half, rebias, first, shift;
 
   __attribute__((always_inline)) explicit ShortBins(const LogBins& bins)
       : half(static_cast<uint16_t>(512 >> bins.mantissa_bits)),
         rebias(static_cast<uint16_t>(112 << bins.mantissa_bits)),
-        shift(static_cast<int16_t>(10 - bins.mantissa_bits)),
-        first(static_cast<int16_t>(bins.greatest + 1)) {}
+        first(static_cast<uint16_t>(bins.greatest + 1)),
+        shift(static_cast<uint16_t>(10 - bins.mantissa_bits)) {}
 
-  __attribute__((always_inline)) UnsignedShorts columns(const Shorts& bits, const Shorts& sign,
-                                                        const Shorts&,
+  __attribute__((always_inline)) UnsignedShorts columns(const UnsignedShorts& bits,
+                                                        const UnsignedShorts& sign,
+                                                        const UnsignedShorts&,
                                                         UnsignedShorts* least) const {
-    const UnsignedShorts magnitude = (UnsignedShorts)bits & uint16_t{0x7fff};
+    const UnsignedShorts magnitude = bits & uint16_t{0x7fff};
     *least = minimum(*least, magnitude - uint16_t{1});
-    const UnsignedShorts nearest = ((magnitude + half) >> static_cast<uint16_t>(shift)) + rebias;
-    const Shorts bin = (Shorts)nearest & (Shorts)(magnitude != uint16_t{0});
-    return (UnsignedShorts)(((bin ^ sign) - sign) + first);
+    const UnsignedShorts nearest = ((magnitude + half) >> shift) + rebias;
+    const UnsignedShorts bin = nearest & (UnsignedShorts)(magnitude != uint16_t{0});
+    return ((bin ^ sign) - sign) + first;
   }
 };
 
@@ -132,7 +135,8 @@ PYOBS_HD bool short_columns(const T* x, int n, const ShortBins<T>& bins, uint16_
     const Shorts key = bits ^ (sign & int16_t{0x7fff});
     low = minimum(low, key);
     high = maximum(high, key);
-    const UnsignedShorts found = bins.columns(bits, sign, key, &least);
+    const UnsignedShorts found =
+        bins.columns((UnsignedShorts)bits, (UnsignedShorts)sign, (UnsignedShorts)key, &least);
     __builtin_memcpy(columns + i, &found, sizeof(found));
   }
   const auto least_of = [](const auto& a, const auto& b) { return minimum(a, b); };
