@@ -371,7 +371,7 @@ def reference(
     for i, row, row_edges, low, high in _fed(counts, edges, min_val, max_val):
         scales[i], below, sums = _search(row, row_edges, low, high, goal)
         zeros[i] = quant_min + below
-        errors[i] = torch.tensor(sums, dtype=torch.float64) / row.sum()
+        errors[i] = torch.tensor(sums, dtype=torch.float64) / float(row.sum())
     scale.copy_(scales.reshape(scale.shape))
     zero_point.copy_(zeros.reshape(zero_point.shape))
     error.copy_(errors.reshape(error.shape))
@@ -490,7 +490,7 @@ def reference_error(
             continue
         sides = _sides(row, row_edges, low, high)
         sums = _error_sums(*sides, s, zero - quant_min, quant_max - zero, p)
-        errors[i] = torch.tensor(sums, dtype=torch.float64) / row.sum()
+        errors[i] = torch.tensor(sums, dtype=torch.float64) / float(row.sum())
     return errors.reshape(*counts.shape[:-1], 3)
 
 
