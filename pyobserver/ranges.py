@@ -133,7 +133,7 @@ class Grid(NamedTuple):
         """
         if not isinstance(bits, int) or not LEAST_BITS <= bits <= MOST_BITS:
             raise ValueError(
-                f"bits: expected an integer in [{LEAST_BITS}, {MOST_BITS}], got {bits!r}"
+                f"solve: bits: expected an integer in [{LEAST_BITS}, {MOST_BITS}], got {bits!r}"
             )
         _checks.check_choice("solve", "scale_constraint", scale_constraint, CONSTRAINTS)
         if not 0 < eps < float("inf"):
@@ -151,7 +151,11 @@ class Grid(NamedTuple):
         if symmetric:
             zero_point = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
         return cls(
-            quant_min + narrow_range, quant_max, zero_point, scale_constraint, torch.tensor([eps])
+            quant_min + narrow_range,
+            quant_max,
+            zero_point,
+            scale_constraint,
+            torch.tensor([eps], dtype=torch.float32),
         )
 
 
