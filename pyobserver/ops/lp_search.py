@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import _checks
-from ._float32 import to_float32
 from ._library import define, note_update
 
 CONSTRAINTS = ("none", "power_of_two", "fp16", "e8m0")
@@ -20,7 +19,8 @@ CONSTRAINT_CODES = {name: code for code, name in enumerate(CONSTRAINTS)}
 
 _SCALE_BITS = 7  # of the mantissa of the scales that are tried
 _MOST_EXTREMES = 256
-_OCTAVES = 26
+_POWERS = (POWER_OF_TWO, E8M0)
+_MOST_POWER, _MOST_FLOAT = 2.0**127, torch.finfo(torch.float32).max
 _LEAST_SCALE = {NONE: 2.0**-126, POWER_OF_TWO: 2.0**-126, FP16: 2.0**-24, E8M0: 2.0**-127}
 _SCALES_AT_ONCE = 256  # of the reference: memory for speed
 
@@ -182,12 +182,17 @@ def _sides(counts: Tensor, edges: Tensor, low: float, high: float) -> tuple[_Sid
     occupied = counts.nonzero().reshape(-1)
     first, last = int(occupied[0]), int(occupied[-1])
     counts = counts.clone()
+
+    def at_extreme(bin_: int, inward: int) -> float:
+        wide = float(edges[bin_]) < high and float(edges[bin_ + 1]) > low
+        count = float(counts[bin_])
+        return min(count, 1.0) if wide and counts[inward] > 0 else count
+
     if first == last:
         at_high = min(float(counts[last]), 1.0) if low < high else float(counts[last])
         at_low = min(float(counts[first]) - at_high, 1.0)
     else:
-        at_low = float(counts[first]) if occupied[1] > first + 1 else min(float(counts[first]), 1.0)
-        at_high = float(counts[last]) if occupied[-2] < last - 1 else min(float(counts[last]), 1.0)
+        at_low, at_high = at_extreme(first, first + 1), at_extreme(last, last - 1)
     counts[first] -= at_low
     counts[last] -= at_high
     begin, end = edges[:-1].clamp(min=low), edges[1:].clamp(max=high)
@@ -211,53 +216,57 @@ class _Goal(NamedTuple):
     eps: float
 
 
-def _allowed(value: float, constraint: int) -> float:
+def _allowed(values: Tensor, constraint: int) -> Tensor:
+    """The nearest ones that the constraint allows, of powers of two where it is one of those."""
     if constraint == FP16:
-        return float(torch.tensor(min(value, 65504.0)).half())
-    return to_float32(min(value, torch.finfo(torch.float32).max))
+        return values.clamp(max=65504.0).float().half().double()
+    return values.clamp(max=_MOST_POWER if constraint in _POWERS else _MOST_FLOAT).float().double()
 
 
 def _least_scale(goal: _Goal) -> float:
-    eps = goal.eps
-    if not eps > 0:
-        eps = 0.0
-    elif goal.constraint in (POWER_OF_TWO, E8M0):
-        mantissa, exponent = math.frexp(eps)
-        eps = math.ldexp(1.0, exponent if mantissa > 0.5 else exponent - 1)
-    elif (near := _allowed(eps, goal.constraint)) >= eps:
-        eps = near
-    else:
-        eps = _allowed(eps * (1 + 2.0**-10) + 2.0**-24, goal.constraint)
-    return max(eps, _LEAST_SCALE[goal.constraint])
+    finest = _LEAST_SCALE[goal.constraint]
+    if not goal.eps > 0:
+        return finest
+    eps = torch.tensor(goal.eps, dtype=torch.float64)
+    least = float(_allowed(eps, goal.constraint))
+    if goal.constraint in _POWERS:
+        mantissa, exponent = math.frexp(least)
+        least = math.ldexp(1.0, exponent if mantissa > 0.5 else exponent - 1)
+    elif least < goal.eps:
+        least = float(_allowed(eps * (1 + 2.0**-10) + 2.0**-24, goal.constraint))
+    return max(least, finest)
 
 
-def _scales(goal: _Goal, negative: float, positive: float) -> list[float]:
-    """The scales to try, descending; further down nearly all of the signal would be clipped."""
-    n = goal.above
+def _unclipped_scale(goal: _Goal, negative: float, positive: float) -> float:
+    """The least scale that clips nothing; 0 where no level is beside zero's."""
     if goal.below is None:
-        top = max(negative, positive) / max(n // 2, 1)
-    else:
-        tops = [e / levels for e, levels in ((negative, goal.below), (positive, n)) if levels]
-        top = max(tops, default=0.0)
-    least = _least_scale(goal)
-    if top == 0.0:
-        return [least]
-    exponent = math.frexp(top)[1]
-    tried = [math.ldexp(1.0, exponent - octave) for octave in range(_OCTAVES)]
-    if goal.constraint in (NONE, FP16):
-        units = range(2**_SCALE_BITS, 2 ** (_SCALE_BITS + 1))
-        tried = [unit * power / 2**_SCALE_BITS for power in tried for unit in units]
-        stride = -(-n // _MOST_EXTREMES)
-        for extreme, fixed in ((negative, goal.below), (positive, n)):
-            if extreme > 0 and goal.below is None:
-                first = max(1, math.ceil(extreme / top))
-                tried += [extreme / level for level in range(first, n + 1, stride)]
-            elif extreme > 0 and fixed:
-                tried.append(extreme / fixed)
-    first_up = min(value for value in tried if value >= top)
-    allowed = {_allowed(value, goal.constraint) for value in tried if value <= first_up}
-    allowed = {max(value, least) for value in allowed}
-    return sorted(allowed, reverse=True)
+        return (negative + positive) / goal.above
+    sides = (negative, goal.below), (positive, goal.above)
+    return max(extreme / levels if levels else 0.0 for extreme, levels in sides)
+
+
+def _scales(goal: _Goal, negative: float, positive: float) -> Tensor:
+    """The scales to try, descending: from twice the one that clips nothing.
+
+    Of a greater one, half has all the levels that it uses, and more.
+    """
+    n = goal.above
+    top, least = 2 * _unclipped_scale(goal, negative, positive), _least_scale(goal)
+    exponents = range(math.frexp(top)[1], min(math.frexp(top)[1], math.frexp(least)[1]) - 2, -1)
+    tried = torch.tensor([math.ldexp(1.0, e) for e in exponents], dtype=torch.float64)
+    if goal.constraint not in _POWERS:
+        units = torch.arange(2**_SCALE_BITS, 2 ** (_SCALE_BITS + 1), dtype=torch.float64)
+        tried = (tried.unsqueeze(1) * (units / 2**_SCALE_BITS)).reshape(-1)
+    parts = [tried[tried >= top].min().reshape(1), tried[tried < top]]
+    for extreme, fixed in ((negative, goal.below), (positive, n)):
+        if extreme == 0 or goal.constraint in _POWERS:
+            continue
+        if goal.below is None:
+            first, stride = max(1, math.ceil(extreme / top)), -(-n // _MOST_EXTREMES)
+            parts.append(extreme / torch.arange(first, n + 1, stride, dtype=torch.float64))
+        elif fixed:
+            parts.append(torch.tensor([extreme / fixed], dtype=torch.float64))
+    return _allowed(torch.cat(parts), goal.constraint).clamp(min=least).unique().flip(0)
 
 
 def _best_above(negative: _Side, positive: _Side, scale: Tensor, n: int, p: float) -> Tensor:
@@ -279,11 +288,9 @@ def _search(
     negative, positive = _sides(counts, edges, low, high)
     n = goal.above
     best: tuple[float, float, int] = (math.inf, 1.0, goal.below or 0)
-    if not (negative.extreme > 0 or positive.extreme > 0):  # zeros: any scale is exact
-        return best[1], best[2], (0.0, 0.0, 0.0)
-    tried = torch.tensor(
-        _scales(goal, negative.extreme, positive.extreme), dtype=torch.float64, device=counts.device
-    )
+    if _unclipped_scale(goal, negative.extreme, positive.extreme) == 0:
+        return best[1], best[2], _error_sums(negative, positive, best[1], best[2], n, goal.p)
+    tried = _scales(goal, negative.extreme, positive.extreme).to(counts.device)
     for scale in tried.unsqueeze(-1).split(_SCALES_AT_ONCE):
         widest = [(goal.below if goal.below is not None else n) * scale[:1], n * scale[:1]]
         outside = [
@@ -405,8 +412,9 @@ def lp_search(
     """Write the scale and zero point that quantize each histogram with the least L_p error.
 
     The error is the mean of ``|x - quantized x|^p`` over the values of a histogram, held to lie
-    evenly in their bins. The least and the greatest value are known exactly: they count as values
-    by themselves, with all of their bin where the next bin inward is empty.
+    evenly in their bins. The least and the greatest value are known exactly: each counts as one
+    value by itself, or as all of its bin where the next bin inward is empty or it lies at the inner
+    end of its bin.
 
     **What is searched.** Zero is always a level, so the levels of a scale are its multiples, and
     the zero point only splits the ``quant_max - quant_min`` steps between the two signs. Tried are
@@ -425,7 +433,8 @@ def lp_search(
         counts: float64 ``(..., bins)``: one histogram, or many.
         edges: float64 ``(bins + 1,)``, ascending, or ``(..., bins + 1)``: the ends of the bins.
         min_val, max_val: float32, one element for each histogram: the least and greatest value.
-        scale: float32, as many, written. 1 for a histogram that is empty or of zeros alone.
+        scale: float32, as many, written. 1 for a histogram that is empty, of zeros alone, or on
+            whose side the grid has no level.
         zero_point: int32 or int64, as many, written.
         error: float64, three for each, written: the mean error by clipping (of the values that are
             rounded to beyond the grid) and by rounding, and the mean of ``|x|^p``.

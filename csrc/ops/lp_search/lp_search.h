@@ -16,10 +16,12 @@
 // zero points.
 //
 // The scales tried: those of a mantissa of kScaleBits bits, and those that put the least or the
-// greatest value seen on a level (at most 256 levels of each), which keeps a single outlier exact.
+// greatest value seen on a level (at most 256 levels of each), which keeps a single outlier exact;
+// from twice the scale that clips nothing, above which half of a scale is never worse.
 //
 // Counts lie evenly in their bins, the outermost of which end at the least and the greatest value
-// seen. Those are values by themselves: all of their bin if the next one inward is empty, else one.
+// seen. Those are values by themselves: all of their bin if the next one inward is empty, or if
+// they lie at its inner end, else one.
 #pragma once
 
 #include "../../core/cpu_isa.h"

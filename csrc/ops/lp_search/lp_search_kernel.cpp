@@ -268,8 +268,8 @@ Sides sides_of(const LpHistogram& h, double* room, const Measure& measure) {
     --last;
   }
   const auto at_extreme = [&](int32_t bin, int32_t inward) {
-    const bool alone = inward < first || inward > last || !(h.counts[inward] > 0.0);
-    return alone ? h.counts[bin] : least_of(h.counts[bin], 1.0);
+    const bool wide = h.edges[bin] < h.high && h.edges[bin + 1] > h.low;
+    return wide && h.counts[inward] > 0.0 ? least_of(h.counts[bin], 1.0) : h.counts[bin];
   };
   double at_low, at_high;
   if (first == last) {
@@ -342,19 +342,23 @@ int64_t best_above(const Sides& sides, double s, int64_t n, int64_t guess, const
   });
 }
 
-// The scales to try, descending.
+// The least scale that clips nothing; 0 where no level is beside zero's.
+double unclipped_scale(const LpGoal& goal, double negative, double positive) {
+  const double n = static_cast<double>(goal.above), below = static_cast<double>(goal.below);
+  if (goal.below < 0) {
+    return (negative + positive) / n;
+  }
+  return greatest_of(below > 0.0 ? negative / below : 0.0, n > 0.0 ? positive / n : 0.0);
+}
+
+// The scales to try, descending: from twice the one that clips nothing. Of a greater one, half has
+// all the levels that it uses, and more.
 class Scales {
  public:
   Scales(const LpGoal& goal, double negative, double positive) : goal_(goal) {
     const bool split = goal.below < 0;
     const int64_t n = goal.above;
-    double top;
-    if (split) {
-      top = greatest_of(negative, positive) / static_cast<double>(n > 1 ? n / 2 : 1);
-    } else {
-      top = greatest_of(goal.below > 0 ? negative / static_cast<double>(goal.below) : 0.0,
-                        n > 0 ? positive / static_cast<double>(n) : 0.0);
-    }
+    const double top = 2.0 * unclipped_scale(goal, negative, positive);
     const double finest = goal.constraint == Constraint::fp16   ? 0x1p-24
                           : goal.constraint == Constraint::e8m0 ? 0x1p-127
                                                                 : 0x1p-126;
@@ -424,7 +428,8 @@ class Scales {
       from_float(static_cast<float>(least_of(value, 65504.0)), &half);
       return static_cast<double>(to_float(half));
     }
-    return static_cast<double>(static_cast<float>(least_of(value, 0x1.fffffep127)));
+    const double most = is_power_of_two() ? 0x1p127 : 0x1.fffffep127;
+    return static_cast<double>(static_cast<float>(least_of(value, most)));
   }
 
   double allowed_above(float least) const {
@@ -434,7 +439,7 @@ class Scales {
     }
     if (is_power_of_two()) {
       int exponent = 0;
-      const double mantissa = __builtin_frexp(value, &exponent);
+      const double mantissa = __builtin_frexp(allowed(value), &exponent);
       return __builtin_ldexp(1.0, mantissa > 0.5 ? exponent : exponent - 1);
     }
     const double near = allowed(value);
@@ -457,7 +462,8 @@ LpChoice search_with(const LpHistogram& histogram, const LpGoal& goal, double* r
   const bool split = goal.below < 0;
   const int64_t n = goal.above;
   LpChoice best = {1.0f, split ? 0 : goal.below, {}};
-  if (!(negative > 0.0) && !(positive > 0.0)) {  // zeros: any scale is exact
+  if (!(unclipped_scale(goal, negative, positive) > 0.0)) {  // no scale changes anything
+    best.errors = errors_of(sides, 1.0, split ? 0 : goal.below, n, measure);
     return best;
   }
   double least = kInfinity;
