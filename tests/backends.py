@@ -13,6 +13,7 @@ import pyobserver
 from pyobserver._checks import NONFINITE
 from pyobserver.ops.choose_qparams import MAPPINGS
 from pyobserver.ops.histogram import COMBINES
+from pyobserver.ops.lp_search import CONSTRAINTS
 from pyobserver.ops.minmax import UPDATES
 
 _REFERENCES = {
@@ -22,6 +23,8 @@ _REFERENCES = {
     "log_histogram": ("log_histogram", "reference"),
     "range_search": ("range_search", "reference"),
     "kl_search": ("kl_search", "reference"),
+    "lp_search": ("lp_search", "reference"),
+    "lp_error": ("lp_search", "reference_error"),
     "choose_qparams": ("choose_qparams", "reference"),
     "_fake_quantize": ("fake_quantize", "reference"),
     "_fake_quantize_mask": ("fake_quantize", "reference_mask"),
@@ -32,7 +35,7 @@ _REFERENCES = {
 }
 _CODES = {
     name: code
-    for names in (UPDATES, NONFINITE, COMBINES, MAPPINGS)
+    for names in (UPDATES, NONFINITE, COMBINES, MAPPINGS, CONSTRAINTS)
     for code, name in enumerate(names)
 }
 
