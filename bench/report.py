@@ -117,7 +117,7 @@ def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = [" | ".join(map(str.ljust, row, widths)) for row in (heads, *rows)]
     lines.insert(1, " | ".join("-" * width for width in widths))
@@ -136,7 +136,7 @@ def _headline_table(record: Record) -> list[str]:
     return [
         f"## In short: reference / native on {_threads(threads)}, by elements",
         "",
-        *_table(("work", *map(_size, sizes)), rows),
+        *table(("work", *map(_size, sizes)), rows),
     ]
 
 
@@ -165,7 +165,7 @@ def _full_tables(record: Record) -> list[str]:
             for timing in timings
             if timing.threads == threads
         ]
-        lines += [f"## Every op and module on {_threads(threads)}", "", *_table(heads, rows)]
+        lines += [f"## Every op and module on {_threads(threads)}", "", *table(heads, rows)]
     return lines
 
 
@@ -183,7 +183,7 @@ def _growth_table(timings: list[Timing]) -> list[str]:
         (case, str(threads), *(cells[case, threads].get(size, "-") for size in sizes))
         for case, threads in sorted(cells)
     ]
-    return _table(("work", "threads", *map(_size, sizes)), rows)
+    return table(("work", "threads", *map(_size, sizes)), rows)
 
 
 def _growth_tables(record: Record) -> list[str]:
@@ -222,8 +222,8 @@ def _memory_table(record: Record) -> list[str]:
         )
         for peak in record.peaks
     ]
-    table = _table(heads, rows) if rows else []
-    return ["## Peak memory, MB", "", record.memory_note, "", *table]
+    lines = table(heads, rows) if rows else []
+    return ["## Peak memory, MB", "", record.memory_note, "", *lines]
 
 
 def markdown(record: Record) -> str:

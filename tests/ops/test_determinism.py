@@ -152,6 +152,32 @@ def kl_search(op: Op, x: Tensor) -> Sequence[Tensor]:
     ]
 
 
+def lp_search(op: Op, x: Tensor) -> Sequence[Tensor]:
+    """Nine histograms at once, with every kind of exponent, zero point and scale."""
+    states = []
+    for i in range(9):
+        states.append((torch.zeros(301, dtype=torch.float64), *state_of()))
+        op("histogram")(x[i :: 9 - i % 4] * 2.0**i, *states[-1])
+    counts, low, high = (torch.stack(t) for t in list(zip(*states, strict=True))[:3])
+    steps = torch.arange(302, dtype=torch.float64) / 301
+    edges = torch.lerp(low.double().unsqueeze(1), high.double().unsqueeze(1), steps)
+    found = [counts, low, high]
+    for p, zero_point, constraint in (
+        (2.0, None, "none"),
+        (2.0, 0, "fp16"),
+        (2.4, None, "none"),
+        (1.0, None, "power_of_two"),
+        (0.5, 3, "none"),
+    ):
+        scale, zero = torch.zeros(9), torch.zeros(9, dtype=torch.int32)
+        error = torch.zeros(9, 3, dtype=torch.float64)
+        outputs = scale, zero, error
+        op("lp_search")(counts, edges, low, high, *outputs, -128, 127, p, zero_point, constraint)
+        again = op("lp_error")(counts, edges, low, high, scale, zero, -128, 127, p)
+        found += [*outputs, again]
+    return found
+
+
 def choose_qparams(op: Op, x: Tensor) -> Sequence[Tensor]:
     ends = x[:20_000].float().nan_to_num(0.0, 1e30, -1e30).reshape(2, -1).sort(0).values
     found = []
@@ -222,6 +248,7 @@ def observe_fake_quantize(groups: str) -> Work:
     return run
 
 
+SEARCHES = ("range_search", "lp_search")  # of finite values
 WORK: dict[str, Work] = {
     **{f"minmax_{update}": minmax(update, "ignore", False) for update in ("running", "memoryless")},
     "minmax_moving_average": minmax("moving_average", "ignore", True),
@@ -245,6 +272,7 @@ WORK: dict[str, Work] = {
     },
     "range_search": range_search,
     "kl_search": kl_search,
+    "lp_search": lp_search,
     "choose_qparams": choose_qparams,
     "fake_quantize": fake_quantize("none"),
     "fake_quantize_axis": fake_quantize("axis", "contiguous"),
@@ -262,7 +290,7 @@ WORK: dict[str, Work] = {
 def results(backend: Backend, name: str, dtype: torch.dtype, count: int) -> list[bytes]:
     """The bytes of all outputs and states, each in the order of its memory."""
     backend.select()
-    x = values(dtype, special=name != "range_search")
+    x = values(dtype, special=name not in SEARCHES)
     with threads(count):
         found = WORK[name](backend.op, x)
     flat = [t.as_strided((t.numel(),), (1,)) for t in found]
@@ -287,13 +315,15 @@ def test_same_bytes(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in WORK if "sliced" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in WORK if "sliced" not in name and name != "lp_search"]
+)
 def test_same_as_the_reference(name: str, dtype: torch.dtype) -> None:
     """Its numbers: one NaN is as good as another."""
     searches = ("range_search", "kl_search", "choose_qparams")
     if not NATIVE or (name in searches and dtype != torch.float32):
         pytest.skip("one kernel alone, or the dtype changes nothing")
-    x = values(dtype, special=name != "range_search")
+    x = values(dtype, special=name not in SEARCHES)
     with threads(2):
         found = WORK[name](NATIVE[-1].op, x)
         assert_all_same(found, WORK[name](Backend("reference").op, x), name)

@@ -484,6 +484,18 @@ def test_error_is_that_of_fake_quantize(backend: Backend, scale: float, zero: in
     assert found.tolist() == pytest.approx([float(e) for e in expected], rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_halfway_to_beyond_the_grid(backend: Backend, p: float) -> None:
+    """As near to the last level as to one that the grid has not: counted once, as rounded."""
+    low, high = torch.tensor(-4.5), torch.tensor(3.5)
+    counts = torch.tensor([3.0, 0.0, 5.0], dtype=torch.float64)
+    edges = torch.tensor([-5.0, -4.0, 3.0, 4.0], dtype=torch.float64)
+    one, zero = torch.tensor(1.0), torch.tensor(0)
+    inputs = [t.to(backend.device) for t in (counts, edges, low, high, one, zero)]
+    found = backend.op("lp_error")(*inputs, -4, 3, p).cpu()
+    assert found[:2].tolist() == [0.0, 0.5**p]
+
+
 def test_error_is_that_of_values_within_the_bins(backend: Backend) -> None:
     edges = torch.tensor([-4.0, -1.0, 0.5, 0.75, 6.0], dtype=torch.float64)
     counts = torch.tensor([3.0, 70.0, 8.0, 20.0], dtype=torch.float64)
