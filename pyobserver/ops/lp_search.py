@@ -297,7 +297,7 @@ def _search(
             side.beyond(end, end, goal.p)
             for side, end in zip((negative, positive), widest, strict=True)
         ]
-        if float(outside[0] + outside[1]) > best[0]:
+        if float(outside[0] + outside[1]) >= best[0]:
             break  # and so is the error of every smaller scale
         if goal.below is None:
             above = _best_above(negative, positive, scale, n, max(goal.p, 1.0))
@@ -305,11 +305,9 @@ def _search(
         else:
             below, above = torch.full_like(scale, goal.below), torch.full_like(scale, n)
         clipping, rounding = _errors(negative, positive, scale, below, above, goal.p)
-        errors = clipping + rounding
-        least = float(errors.min())
-        if least <= best[0]:
-            at = int((errors == least).nonzero()[-1])  # of equal ones the tightest
-            best = least, float(scale[at]), int(below[at])
+        error, at = (clipping + rounding).min(0)
+        if float(error) < best[0]:
+            best = float(error), float(scale[at]), int(below[at])
     levels = best[2], n if goal.below is not None else n - best[2]
     return best[1], best[2], _error_sums(negative, positive, best[1], *levels, goal.p)
 

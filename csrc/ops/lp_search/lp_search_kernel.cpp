@@ -479,10 +479,10 @@ LpChoice search_with(const LpHistogram& histogram, const LpGoal& goal, double* r
     const double a = static_cast<double>(below), b = static_cast<double>(above);
     const double clipping = beyond(sides.negative, (a + 0.5) * s, a * s, measure) +
                             beyond(sides.positive, (b + 0.5) * s, b * s, measure);
-    if (clipping > least) {
+    if (clipping >= least) {
       const double low = static_cast<double>(split ? n : below) * s;
       const double high = static_cast<double>(n) * s;
-      if (beyond(sides.negative, low, low, measure) + beyond(sides.positive, high, high, measure) >
+      if (beyond(sides.negative, low, low, measure) + beyond(sides.positive, high, high, measure) >=
           least) {
         break;
       }
@@ -490,7 +490,7 @@ LpChoice search_with(const LpHistogram& histogram, const LpGoal& goal, double* r
     }
     const double rounding = within(sides.negative, s, (a + 0.5) * s, measure) +
                             within(sides.positive, s, (b + 0.5) * s, measure);
-    if (clipping + rounding <= least) {  // of equal ones the tightest
+    if (clipping + rounding < least) {
       least = clipping + rounding;
       best.scale = scale;
       best.below = below;
