@@ -233,7 +233,9 @@ def _least_scale(goal: _Goal) -> float:
         mantissa, exponent = math.frexp(least)
         least = math.ldexp(1.0, exponent if mantissa > 0.5 else exponent - 1)
     elif least < goal.eps:
-        least = float(_allowed(eps * (1 + 2.0**-10) + 2.0**-24, goal.constraint))
+        # three quarters of a step to one and a half further: the next one
+        further = eps.new_tensor(least + max(least * 3 * 2.0**-12, 3 * 2.0**-26))
+        least = float(_allowed(further, goal.constraint))
     return max(least, finest)
 
 

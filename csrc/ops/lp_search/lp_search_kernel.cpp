@@ -443,7 +443,8 @@ class Scales {
       return __builtin_ldexp(1.0, mantissa > 0.5 ? exponent : exponent - 1);
     }
     const double near = allowed(value);
-    return near >= value ? near : allowed(value * (1.0 + 0x1p-10) + 0x1p-24);
+    // three quarters of a step to one and a half further: the next one
+    return near >= value ? near : allowed(near + greatest_of(near * 0x3p-12, 0x3p-26));
   }
 
   LpGoal goal_;
