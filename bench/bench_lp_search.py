@@ -74,7 +74,7 @@ CASES = [
     Case("lp_search, symmetric", _make(_SYMMETRIC_8), sizes=(2048,), unit="bins"),
     Case("lp_search, 4 bits", _make(_AFFINE_4), sizes=(2048,), unit="bins"),
     Case("lp_search, p = 2.4", _make(_AFFINE_8, p=2.4), sizes=(2048,), unit="bins"),
-    Case(f"lp_search, {_BATCH} at once", _make(_AFFINE_8, _BATCH), sizes=(2048,), unit="bins"),
+    Case(f"lp_search, {_BATCH} at once", _make(_AFFINE_8, _BATCH), sizes=(256,), unit="bins"),
 ]
 
 
