@@ -18,7 +18,7 @@ from . import _checks
 from .ops.choose_qparams import choose_qparams
 from .ops.kl_search import kl_search
 from .ops.log_histogram import log_edges, mantissa_bits_of
-from .ops.lp_search import CONSTRAINTS, lp_error, lp_search
+from .ops.lp_search import CONSTRAINTS, MOST_P, lp_error, lp_search
 from .ops.range_search import range_search
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -428,7 +428,7 @@ def check_method(owner: str, method: str, options: Mapping[str, Any]) -> None:
 
 _OPTIONS: dict[str, tuple[float, float, str]] = {
     "percentile": (0, 1, "a number"),
-    "p": (0, 16, "a number"),
+    "p": (0, MOST_P, "a number"),
     "bins": (2, 2**20, "an integer"),
     "start_bin": (1, 2**20, "an integer"),
     "stride": (1, 2**20, "an integer"),

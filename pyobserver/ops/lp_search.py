@@ -17,6 +17,8 @@ CONSTRAINTS = ("none", "power_of_two", "fp16", "e8m0")
 NONE, POWER_OF_TWO, FP16, E8M0 = range(4)
 CONSTRAINT_CODES = {name: code for code, name in enumerate(CONSTRAINTS)}
 
+MOST_P = 6  # the powers of float32 values, and their sums, are float64 ones
+
 _SCALE_BITS = 7  # of the mantissa of the scales that are tried
 _MOST_EXTREMES = 256
 _POWERS = (POWER_OF_TWO, E8M0)
@@ -64,8 +66,8 @@ def _check_grid(
     _checks.check_state(op, "zero_point", zero_point, (torch.int32, torch.int64), histograms)
     _checks.check_same_device(op, counts, {"scale": scale, "zero_point": zero_point})
     _checks.check_quant_range(op, quant_min, quant_max)
-    if not 0.0 < p <= 16.0:
-        raise ValueError(f"{op}: p: expected a value in (0, 16], got {p}")
+    if not 0.0 < p <= MOST_P:
+        raise ValueError(f"{op}: p: expected a value in (0, {MOST_P}], got {p}")
 
 
 def _check(
@@ -439,7 +441,7 @@ def lp_search(
         error: float64, three for each, written: the mean error by clipping (of the values that are
             rounded to beyond the grid) and by rounding, and the mean of ``|x|^p``.
         quant_min, quant_max: the integer grid.
-        p: the exponent, in (0, 16]; 2 for the mean squared error, and the fastest by far.
+        p: the exponent, in (0, 6]; 2 for the mean squared error, and the fastest by far.
         fixed_zero_point: the zero point of a symmetric scheme; None: the best one.
         constraint: the scales that are allowed: ``"none"``: any float32; ``"power_of_two"``;
             ``"fp16"``: those of a float16; ``"e8m0"``: the powers of two from 2^-127 to 2^127 (OCP

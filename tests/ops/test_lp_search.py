@@ -796,7 +796,7 @@ def test_enabled(backend: Backend, dtype: torch.dtype) -> None:
     st.floats(-1e6, 1e6, width=32),
     st.floats(2**-10, 1e6, width=32),
     st.sampled_from([Grid(-8, 7), Grid(0, 255), Grid(-128, 127, 0), Grid(0, 2**16 - 1)]),
-    st.floats(0.25, 8),
+    st.floats(0.25, 6),
 )
 def test_properties(counts: list[int], low: float, width: float, grid: Grid, p: float) -> None:
     """What is found is on the grid, its error what lp_error says, and at most all there is."""
@@ -916,9 +916,9 @@ REJECTED_BOTH: Rejected = {
         ValueError,
         "quant_min, quant_max: expected int32 values, got .*",
     ),
-    "p_zero": ({"p": 0.0}, ValueError, r"p: expected a value in \(0, 16\], got 0.0"),
-    "p_great": ({"p": 16.5}, ValueError, r"p: expected a value in \(0, 16\], got 16.5"),
-    "p_nan": ({"p": float("nan")}, ValueError, r"p: expected a value in \(0, 16\], got nan"),
+    "p_zero": ({"p": 0.0}, ValueError, r"p: expected a value in \(0, 6\], got 0.0"),
+    "p_great": ({"p": 6.5}, ValueError, r"p: expected a value in \(0, 6\], got 6.5"),
+    "p_nan": ({"p": float("nan")}, ValueError, r"p: expected a value in \(0, 6\], got nan"),
 }
 REJECTED: Rejected = {
     **REJECTED_BOTH,

@@ -76,7 +76,7 @@ class Histograms {
 };
 
 void check_p(const char* op, double p) {
-  check(p > 0.0 && p <= 16.0, op, ": p: expected a value in (0, 16], got ", p);
+  check(p > 0.0 && p <= 6.0, op, ": p: expected a value in (0, 6], got ", p);
 }
 
 ScalarType check_zero_point(const char* op, const Tensor& zero_point, const Tensor& counts,

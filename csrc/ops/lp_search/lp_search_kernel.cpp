@@ -147,9 +147,10 @@ struct Steps {
   }
 };
 
-// The sum of dist(x, s Z)^p over what lies up to t, which is (b + 1/2) s.
+// The sum of dist(x, s Z)^p over what lies up to t, which is (b + 1/2) s; some part of it where
+// that is more than `enough` already.
 template <class Measure>
-double within(const Side& side, double s, double t, const Measure& measure) {
+double within(const Side& side, double s, double t, double enough, const Measure& measure) {
   const Steps steps = {s, 1.0 / s, s * s * s};
   const int32_t end = cell_at(side, t);
   const int32_t reached = cell_at(side, 0.5 * s);
@@ -168,6 +169,9 @@ double within(const Side& side, double s, double t, const Measure& measure) {
     }
     for (; i < n; ++i) {
       sums[0] += density[i] * (integral[i + 1] - integral[i]);
+    }
+    if (sum_lanes(sums) > enough) {
+      return sum_lanes(sums);
     }
   }
   double error = sum_lanes(sums);
@@ -308,8 +312,8 @@ LpErrors errors_of(const Sides& sides, double s, int64_t below, int64_t above,
   LpErrors errors = {};
   errors.clipping = beyond(sides.negative, (a + 0.5) * s, a * s, measure) +
                     beyond(sides.positive, (b + 0.5) * s, b * s, measure);
-  errors.rounding = within(sides.negative, s, (a + 0.5) * s, measure) +
-                    within(sides.positive, s, (b + 0.5) * s, measure);
+  errors.rounding = within(sides.negative, s, (a + 0.5) * s, kInfinity, measure) +
+                    within(sides.positive, s, (b + 0.5) * s, kInfinity, measure);
   errors.signal = signal(sides.negative, measure) + signal(sides.positive, measure);
   return errors;
 }
@@ -456,54 +460,86 @@ class Scales {
 };
 
 template <class Measure>
-LpChoice search_with(const LpHistogram& histogram, const LpGoal& goal, double* room,
-                     const Measure& measure) {
-  const Sides sides = sides_of(histogram, room, measure);
-  const double negative = extreme(sides.negative), positive = extreme(sides.positive);
-  const bool split = goal.below < 0;
-  const int64_t n = goal.above;
-  LpChoice best = {1.0f, split ? 0 : goal.below, {}};
-  if (!(unclipped_scale(goal, negative, positive) > 0.0)) {  // no scale changes anything
-    best.errors = errors_of(sides, 1.0, split ? 0 : goal.below, n, measure);
-    return best;
+class Search {
+ public:
+  Search(const LpHistogram& histogram, const LpGoal& goal, double* room, const Measure& measure)
+      : goal_(goal),
+        measure_(measure),
+        sides_(sides_of(histogram, room, measure)),
+        negative_(extreme(sides_.negative)),
+        positive_(extreme(sides_.positive)),
+        split_(goal.below < 0),
+        above_(goal.above) {
+    best_ = {1.0f, split_ ? 0 : goal.below, {}};
   }
-  double least = kInfinity;
-  int64_t above = n;
-  Scales scales(goal, negative, positive);
-  for (float scale; scales.next(&scale);) {
-    const double s = scale;
-    if (split) {
-      above = goal.p >= 1.0 ? best_above(sides, s, n, above, measure)
-                            : best_above(sides, s, n, above, Power(1.0));
+
+  LpChoice run() {
+    if (unclipped_scale(goal_, negative_, positive_) > 0.0) {  // else no scale changes anything
+      try_every(kCoarse);                                      // so that most are given up soon
+      try_every(1);
     }
-    const int64_t below = split ? n - above : goal.below;
-    const double a = static_cast<double>(below), b = static_cast<double>(above);
-    const double clipping = beyond(sides.negative, (a + 0.5) * s, a * s, measure) +
-                            beyond(sides.positive, (b + 0.5) * s, b * s, measure);
-    if (clipping >= least) {
-      const double low = static_cast<double>(split ? n : below) * s;
-      const double high = static_cast<double>(n) * s;
-      if (beyond(sides.negative, low, low, measure) + beyond(sides.positive, high, high, measure) >=
-          least) {
-        break;
+    const int64_t above = split_ ? goal_.above - best_.below : goal_.above;
+    best_.errors = errors_of(sides_, best_.scale, best_.below, above, measure_);
+    return best_;
+  }
+
+ private:
+  static constexpr int kCoarse = 16;
+
+  LpGoal goal_;
+  Measure measure_;
+  Sides sides_;
+  double negative_, positive_;
+  bool split_;
+  int64_t above_;  // levels of the last scale tried
+  double least_ = kInfinity;
+  LpChoice best_;
+
+  void try_every(int stride) {
+    Scales scales(goal_, negative_, positive_);
+    int index = 0;
+    for (float scale; scales.next(&scale); ++index) {
+      if (index % stride == 0 && !try_scale(scale)) {
+        return;
       }
-      continue;
-    }
-    const double rounding = within(sides.negative, s, (a + 0.5) * s, measure) +
-                            within(sides.positive, s, (b + 0.5) * s, measure);
-    if (clipping + rounding < least) {
-      least = clipping + rounding;
-      best.scale = scale;
-      best.below = below;
     }
   }
-  best.errors = errors_of(sides, best.scale, best.below, split ? n - best.below : n, measure);
-  return best;
-}
+
+  // False where no smaller scale can be better.
+  bool try_scale(float scale) {
+    const double s = scale;
+    const int64_t n = goal_.above;
+    if (split_) {
+      above_ = goal_.p >= 1.0 ? best_above(sides_, s, n, above_, measure_)
+                              : best_above(sides_, s, n, above_, Power(1.0));
+    }
+    const int64_t below = split_ ? n - above_ : goal_.below;
+    const double a = static_cast<double>(below), b = static_cast<double>(above_);
+    double error = beyond(sides_.negative, (a + 0.5) * s, a * s, measure_) +
+                   beyond(sides_.positive, (b + 0.5) * s, b * s, measure_);
+    if (error > least_) {
+      const double low = static_cast<double>(split_ ? n : below) * s;
+      const double high = static_cast<double>(n) * s;
+      return beyond(sides_.negative, low, low, measure_) +
+                 beyond(sides_.positive, high, high, measure_) <=
+             least_;
+    }
+    error += within(sides_.negative, s, (a + 0.5) * s, least_ - error, measure_);
+    if (error <= least_) {
+      error += within(sides_.positive, s, (b + 0.5) * s, least_ - error, measure_);
+    }
+    if (error < least_ || (error == least_ && scale > best_.scale)) {
+      least_ = error;
+      best_.scale = scale;
+      best_.below = below;
+    }
+    return true;
+  }
+};
 
 LpChoice search(const LpHistogram& histogram, const LpGoal& goal, double* room) {
-  return goal.p == 2.0 ? search_with(histogram, goal, room, Square())
-                       : search_with(histogram, goal, room, Power(goal.p));
+  return goal.p == 2.0 ? Search(histogram, goal, room, Square()).run()
+                       : Search(histogram, goal, room, Power(goal.p)).run();
 }
 
 LpErrors errors(const LpHistogram& histogram, double scale, int64_t below, int64_t above, double p,
