@@ -10,12 +10,13 @@ from .compat.hosts import register_with_hosts
 from .fake_quantize import *  # noqa: F403
 from .observers import *  # noqa: F403
 from .state import get_observer_state_dict, load_observer_state_dict
-from .workflow import CalibrationResult, Site, calibrate
+from .workflow import CalibrationResult, Comparison, Site, calibrate
 
 register_with_hosts()
 
 __all__ = [
     "CalibrationResult",
+    "Comparison",
     "NativeStatus",
     "Site",
     "__version__",

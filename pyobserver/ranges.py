@@ -189,7 +189,12 @@ class Solution(NamedTuple):
     @property
     def sqnr(self) -> Tensor:
         """Signal to quantization noise in dB; infinite where there is no error."""
-        return 10 * torch.log10(self.signal / self.error)
+        return _decibels(self.signal, self.error)
+
+
+def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
+    """Infinite where there is no noise, be there a signal or not."""
+    return torch.where(noise == 0, torch.inf, 10 * torch.log10(signal / noise))
 
 
 Range = tuple[Tensor, Tensor]
@@ -462,6 +467,36 @@ def stack(histograms: Sequence[Histogram]) -> Histogram:
     )
 
 
+def expected_error(
+    histogram: Histogram, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """The mean squared error that given scales are expected to make, as ``Solution`` has it.
+
+    Args:
+        histogram: the statistic.
+        scale, zero_point: float32; int32 or int64; one element for each histogram.
+        quant_min, quant_max: the integer grid.
+
+    Returns:
+        float64 ``(..., 3)``: by clipping, by rounding, and the mean square of the values. NaN where
+        the scale is not positive and finite or the zero point is off the grid; 0 for no values.
+    """
+    return lp_error(
+        *_arguments(histogram), scale.contiguous(), zero_point.contiguous(), quant_min, quant_max
+    )
+
+
+def pooled_sqnr(error: Tensor, counts: Tensor) -> float:
+    """The SQNR in dB of all values of many histograms together; infinite where there is no error.
+
+    Args:
+        error: float64 ``(n, 3)``, as of :func:`expected_error`.
+        counts: float64 ``(n, bins)``, the counts of the same histograms.
+    """
+    clipping, rounding, signal = (error * counts.sum(-1, keepdim=True)).sum(0).unbind()
+    return float(_decibels(signal, clipping + rounding))
+
+
 def solve_all(
     histograms: Sequence[Histogram], method: str = "mse", grid: Grid | None = None, **options: Any
 ) -> list[Solution]:
@@ -484,7 +519,7 @@ def solve_all(
     for indices in kinds.values():
         rows = stack([histograms[i] for i in indices])
         scale, zero_point = choose(rows, method, grid, options)
-        error = lp_error(*_arguments(rows), scale, zero_point, grid.quant_min, grid.quant_max)
+        error = expected_error(rows, scale, zero_point, grid.quant_min, grid.quant_max)
         low, high = ((end - zero_point) * scale for end in (grid.quant_min, grid.quant_max))
         columns = scale, zero_point, low, high, *error.unbind(-1)
         sizes = [histograms[i].min_val.numel() for i in indices]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..dtypes import PER_CHANNEL, dtype_bounds
-from ..observers import HistogramObserver, PerChannelMinMaxObserver
+from ..observers import (
+    HistogramObserver,
+    HistogramObserverBase,
+    PerChannelMinMaxObserver,
+    calculate_qparams,
+)
+from .kept import Kept, PackedHistogram, Values
 from .progress import track
 from .result import CalibrationResult, Kind, Site, site_name
 from .sites import (
@@ -25,12 +31,13 @@ from .sites import (
     select_modules,
     weight_of,
 )
-from .sqnr import ValueSample, sqnr
+from .sqnr import ValueSample
 
 _DEFAULT_ACTIVATION = HistogramObserver.with_args(dtype=torch.uint8)
 _DEFAULT_WEIGHT = PerChannelMinMaxObserver.with_args(
     dtype=torch.int8, qscheme=torch.per_channel_symmetric
 )
+_BYTES_PENDING = 2**28  # of the observers of weights that wait for their scales
 
 
 def calibrate(
@@ -56,7 +63,16 @@ def calibrate(
     scale chosen. For a weight it is exact. For inputs and outputs it is measured on a sample of
     2048 values, each drawn evenly from all that the site saw: its standard error is about 0.2 dB
     on normal data, and values rarer than the sample (one outlier in millions) do not show in it.
-    The draws are seeded, and leave torch's global generators alone.
+    The draws are seeded, and leave torch's global generators alone. Where the observer keeps a
+    histogram, ``predicted_sqnr`` is the SQNR that this leads to expect, outliers included. Either
+    is infinite where quantizing changes nothing (as of zeros alone, or of no values), and NaN
+    where the scale is not a positive number.
+
+    **What the result keeps.** Of each site with a histogram observer, on the CPU, so that
+    :meth:`CalibrationResult.solve` can choose again without the data: the occupied bins of the
+    histogram (12 bytes each; of a log histogram some hundred to some thousand a tensor or channel,
+    8 to 60 KB) and the sample (8 KiB, per channel 24). A weight is referenced and not copied, so it
+    lives as long as the result; once it is changed in place, its sample stands for it.
 
     Args:
         model: any module. Its tensors and the batches have to be on the same device already.
@@ -139,18 +155,31 @@ class _Watch:
         self.tensors += 1
 
 
+class _Seen(NamedTuple):
+    """A tensor of a module, and what was seen of it."""
+
+    module: str
+    tensor: str
+    observer: Any
+    tensors: int
+    values: Values
+
+
 class _Calibration:
     """The observers of the chosen modules, and what they have seen so far."""
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules = modules
-        self.weights: list[Site] = []
+        self.weights: list[_Seen] = []  # that wait for their scales
+        self.sites: list[Site] = []
+        self.kept: dict[str, Kept] = {}
         self.watches: dict[tuple[str, str], _Watch] = {}  # by module and tensor
         self.generators: dict[torch.device, torch.Generator] = {}
         self.called: set[str] = set()
         self.batches = 0
 
     def observe_weights(self, factory: Callable[..., Any]) -> None:
+        pending = 0
         for name, module in self.modules.items():
             weight = weight_of(module)
             if weight is None:
@@ -158,8 +187,14 @@ class _Calibration:
             observer = _weight_observer(factory, module).to(weight.device)
             with _naming(name, "weight"):
                 observer(weight.detach())
-            measure = partial(sqnr, weight.detach())
-            self.weights.append(_site(name, "weight", observer, 1, measure))
+            sample = ValueSample(_axis(observer), _generator(weight.device))
+            sample.add(weight.detach())
+            values = Values(sample.taken(), weight.detach())
+            self.weights.append(_Seen(name, "weight", observer, 1, values))
+            pending += _bytes_of(observer)
+            if pending > _BYTES_PENDING:
+                self.choose(self.weights)
+                self.weights, pending = [], 0
 
     def watch(self, name: str, factory: Callable[..., Any]) -> Iterator[RemovableHandle]:
         """Hook a module's inputs and outputs."""
@@ -188,7 +223,7 @@ class _Calibration:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(0)
+            self.generators[device] = _generator(device)
         return self.generators[device]
 
     def run(
@@ -211,48 +246,74 @@ class _Calibration:
 
     def result(self, run: bool) -> CalibrationResult:
         """What was seen so far, module by module; ``run``: whether they were to be called."""
-        sites = [
-            _site(module, tensor, watch.observer, watch.tensors, watch.sample.sqnr)
-            for (module, tensor), watch in self.watches.items()
+        seen = [
+            _Seen(*at, watch.observer, watch.tensors, Values(watch.sample.taken()))
+            for at, watch in self.watches.items()
             if watch.tensors > 0
         ]
-        sites += self.weights
+        self.choose(seen + self.weights)
         modules = list(self.modules)
         kinds = ("input", "weight", "output")
-        sites.sort(key=lambda site: (modules.index(site.module), kinds.index(site.kind)))
+        order = sorted(
+            self.sites, key=lambda site: (modules.index(site.module), kinds.index(site.kind))
+        )
         never_called = [name for name in modules if run and name not in self.called]
-        return CalibrationResult(sites, self.batches, never_called)
+        return CalibrationResult(order, self.batches, never_called, self.kept)
+
+    def choose(self, seen: list[_Seen]) -> None:
+        """The scales of what was seen, those of histograms in one call."""
+        with warnings.catch_warnings():
+            # of values that are not finite, calibrate warns once for all sites
+            warnings.simplefilter("ignore")
+            qparams = calculate_qparams(one.observer for one in seen)
+        for one, (scale, zero_point) in zip(seen, qparams, strict=True):
+            site, kept = _site(one, scale.detach().reshape(-1), zero_point.detach().reshape(-1))
+            self.sites.append(site)
+            if kept is not None:
+                self.kept[site.name] = kept
 
 
-def _site(
-    module: str, tensor: str, observer: Any, tensors: int, measure: Callable[..., float]
-) -> Site:
-    """The choice of an observer; ``measure`` gives the SQNR of a scale, zero point and grid."""
-    with warnings.catch_warnings():
-        # of values that are not finite, calibrate warns once for all sites
-        warnings.simplefilter("ignore")
-        scale, zero_point = observer.calculate_qparams()
-    scale, zero_point = scale.detach().reshape(-1), zero_point.detach().reshape(-1)
+def _site(seen: _Seen, scale: Tensor, zero_point: Tensor) -> tuple[Site, Kept | None]:
+    """The choice of an observer, and the statistic that it is from."""
+    observer, kept, predicted = seen.observer, None, math.nan
     quant_min, quant_max, axis = observer.quant_min, observer.quant_max, _axis(observer)
     none = scale.new_empty(0)
-    return Site(
-        module=module,
-        kind=cast(Kind, tensor.partition(".")[0]),
-        tensor=tensor,
+    scale, zero_point = scale.cpu().clone(), zero_point.cpu().clone()
+    if isinstance(observer, HistogramObserverBase):
+        packed = PackedHistogram.of(observer.statistic())
+        grid = observer._grid()
+        grid = grid._replace(eps=grid.eps.cpu().clone())
+        kept = Kept(packed, seen.values, observer.method, dict(observer._options()), grid)
+        predicted = packed.expected_sqnr(scale, zero_point, quant_min, quant_max)
+    site = Site(
+        module=seen.module,
+        kind=cast(Kind, seen.tensor.partition(".")[0]),
+        tensor=seen.tensor,
         observer=type(observer).__name__,
+        method=None if kept is None else kept.method,
         dtype=observer.dtype,
         quant_min=quant_min,
         quant_max=quant_max,
         qscheme=observer.qscheme,
         ch_axis=axis,
-        scale=scale.cpu().clone(),
-        zero_point=zero_point.cpu().clone(),
+        scale=scale,
+        zero_point=zero_point,
         min_val=getattr(observer, "min_val", none).reshape(-1).cpu().clone(),
         max_val=getattr(observer, "max_val", none).reshape(-1).cpu().clone(),
-        sqnr=measure(scale, zero_point, quant_min, quant_max, axis),
-        tensors=tensors,
+        sqnr=seen.values.sqnr(scale, zero_point, quant_min, quant_max, axis),
+        predicted_sqnr=predicted,
+        tensors=seen.tensors,
         nonfinite=int(getattr(observer, "nonfinite_count", 0)),
     )
+    return site, kept
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def _bytes_of(observer: nn.Module) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in observer.buffers())
 
 
 def _axis(observer: Any) -> int | None:

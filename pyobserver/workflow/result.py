@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import ranges
 from ..dtypes import PER_CHANNEL, SYMMETRIC, dtype_bounds
 from ..observers.base import StatisticsModule
 from ..ops.fake_quantize import fake_quantize
+from .comparison import Comparison, Sqnr
+from .kept import Kept, choose_all
+from .regrid import dtype_holding, regrid, scheme_of
 from .sites import map_inputs, map_tensors, weight_of
+from .table import aligned
 
 Kind: TypeAlias = Literal["input", "output", "weight"]
 
 _FORMAT = "pyobserver.calibration"
-_VERSION = 1
+_VERSION = 2  # 2: a site's method and predicted_sqnr, and what was kept of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +41,8 @@ class Site:
         tensor: which tensor of the module: ``input``, ``output`` or ``weight``, with the path to
             it where there are several: ``input.1``, ``output.0.hidden``, ``input.mask``.
         observer: the class name of the observer.
+        method: the method that chose the scale from the observer's histogram, see
+            :func:`pyobserver.ranges.solve`; None where it keeps none.
         dtype, quant_min, quant_max, qscheme: the quantized type, the integer grid, the scheme.
         ch_axis: the channel axis, or None for one scale.
         scale: float32 ``(1,)`` or ``(channels,)``, on the CPU.
@@ -40,7 +50,8 @@ class Site:
             ``per_channel_affine_float_qparams``).
         min_val, max_val: float32, the range that the observer's statistics span, as many elements
             (none for an observer that keeps none).
-        sqnr: signal-to-quantization-noise ratio in dB, see :func:`calibrate`.
+        sqnr: signal-to-quantization-noise ratio in dB, as measured, see :func:`calibrate`.
+        predicted_sqnr: the one that the histogram leads to expect; NaN where there is none.
         tensors: how many tensors were seen.
         nonfinite: how many NaN and infinite values were seen.
     """
@@ -49,6 +60,7 @@ class Site:
     kind: Kind
     tensor: str
     observer: str
+    method: str | None
     dtype: torch.dtype
     quant_min: int
     quant_max: int
@@ -59,6 +71,7 @@ class Site:
     min_val: Tensor
     max_val: Tensor
     sqnr: float
+    predicted_sqnr: float
     tensors: int
     nonfinite: int
 
@@ -83,16 +96,24 @@ class CalibrationResult(Mapping[str, Site]):
     """The sites of a calibration by name: ``result["fc.weight"].scale``.
 
     ``print(result)`` shows a table; per-channel sites show the span of their scales and ranges.
+    Sites with a histogram observer can be solved again: :meth:`solve`, :meth:`compare`.
 
     Attributes:
         batches: how many batches the model took without an error.
         never_called: the names of the chosen modules that no batch reached.
     """
 
-    def __init__(self, sites: Sequence[Site], batches: int, never_called: Sequence[str]):
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        batches: int,
+        never_called: Sequence[str],
+        kept: Mapping[str, Kept] | None = None,
+    ):
         self._sites = {site.name: site for site in sites}
         self.batches = batches
         self.never_called = tuple(never_called)
+        self._kept = dict(kept or {})
 
     def __getitem__(self, name: str) -> Site:
         return self._sites[name]
@@ -107,15 +128,9 @@ class CalibrationResult(Mapping[str, Site]):
         return f"<CalibrationResult of {len(self)} sites, {self.batches} batches>"
 
     def __str__(self) -> str:
-        header = ("site", "observer", "type", "scale", "zero point", "range", "SQNR dB", "seen")
-        rows = [header, *(_row(site) for site in self.values())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row[:-2], widths, strict=False)]
-            cells += [cell.rjust(width) for cell, width in zip(row[-2:], widths[-2:], strict=True)]
-            lines.append("  ".join(cells).rstrip())
-        lines.insert(1, "-" * max(map(len, lines)))
+        shown = ("site", "observer", "method", "type", "scale", "zero point", "range")
+        header = (*shown, "SQNR dB", "predicted", "seen")
+        lines = aligned([header, *(_row(site) for site in self.values())], numbers=3)
         lines.append(f"{self.batches} batches")
         if self.never_called:
             lines.append(f"never called: {', '.join(self.never_called)}")
@@ -125,7 +140,11 @@ class CalibrationResult(Mapping[str, Site]):
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a file that ``torch.load(path, weights_only=True)`` reads, too."""
+        """Write to a file that ``torch.load(path, weights_only=True)`` reads, too.
+
+        With the histograms, so that what is loaded can be solved again; of a weight, whose SQNR is
+        exact here, the sample is saved.
+        """
         sites = []
         for site in self.values():
             entry = asdict(site)
@@ -138,6 +157,7 @@ class CalibrationResult(Mapping[str, Site]):
                 "batches": self.batches,
                 "never_called": list(self.never_called),
                 "sites": sites,
+                "kept": {name: kept.to_dict() for name, kept in self._kept.items()},
             },
             path,
         )
@@ -160,8 +180,196 @@ class CalibrationResult(Mapping[str, Site]):
         sites = []
         for entry in saved["sites"]:
             types = {key: getattr(torch, entry[key]) for key in ("dtype", "qscheme")}
-            sites.append(Site(**{**entry, **types}))
-        return cls(sites, saved["batches"], saved["never_called"])
+            since_2 = {"method": None, "predicted_sqnr": math.nan}
+            sites.append(Site(**{**since_2, **entry, **types}))
+        kept = {name: Kept.from_dict(one) for name, one in saved.get("kept", {}).items()}
+        return cls(sites, saved["batches"], saved["never_called"], kept)
+
+    def histogram(self, name: str) -> ranges.Histogram:
+        """What was collected of a site, for :mod:`pyobserver.ranges`: on the CPU, a copy.
+
+        Raises:
+            KeyError: there is no such site.
+            ValueError: its observer keeps no histogram.
+        """
+        if name not in self._kept:
+            raise ValueError(
+                f"histogram: name: expected a site with a histogram, got {name!r} "
+                f"of a {self[name].observer}"
+            )
+        return self._kept[name].histogram.unpacked()
+
+    def solve(
+        self,
+        method: str | None = None,
+        bits: int | None = None,
+        *,
+        sites: str | Sequence[str] | None = None,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        symmetric: bool | None = None,
+        narrow_range: bool = False,
+        scale_constraint: str | None = None,
+        eps: float | None = None,
+        **options: Any,
+    ) -> CalibrationResult:
+        """Choose the scales again from what was collected, by any method and for any grid.
+
+        The same scales, to the bit, as calibrating again with that method and grid. What is left
+        out is as each site has it; so ``solve()`` changes nothing. A site whose observer keeps no
+        histogram stays as it is. It takes no data and no model, and leaves this result alone.
+
+        Args:
+            method, options: see :func:`pyobserver.ranges.solve`.
+            bits: the grid ``0 .. 2^bits - 1``, or ``-2^(bits-1) .. 2^(bits-1) - 1`` where that of
+                the site holds negative integers.
+            sites: name patterns of the sites to solve (``"*.input"``, as of ``fnmatch``); None:
+                all. The others stay as they are.
+            quant_min, quant_max: both or neither: bounds instead of bits.
+            symmetric: zero lies in the middle: 0, or half the levels where ``quant_min`` is 0.
+            narrow_range, scale_constraint, eps: see :meth:`pyobserver.ranges.Grid.of`.
+
+        Returns:
+            A new result. A site's dtype stays, or is the next that holds the grid. Where SQNR is
+            measured on a sample, it is the same one.
+
+        Raises:
+            ValueError: a pattern that matches nothing, no site with a histogram, or a bad argument.
+            TypeError: an option that the method does not have.
+
+        Warns:
+            UserWarning: names the sites that were to be solved and keep no histogram.
+        """
+        names = self._matching("solve", sites)
+        stays = [name for name in names if name not in self._kept]
+        names = self._solvable("solve", names)
+        again = {}
+        for name in names:
+            kept = self._kept[name]
+            ranges.check_method("solve", method or kept.method, options)
+            again[name] = replace(
+                kept,
+                grid=regrid(
+                    kept.grid, bits, quant_min, quant_max, symmetric, narrow_range,
+                    scale_constraint, eps,
+                ),
+                method=method or kept.method,
+                options=options if method else {**kept.options, **options},
+            )  # fmt: skip
+        solved = self._solved(again)
+        if stays:
+            warnings.warn(
+                "solve: these sites stay as they are, for their observers keep no histogram: "
+                + ", ".join(f"{name} ({self[name].observer})" for name in stays),
+                stacklevel=2,
+            )
+        return CalibrationResult(
+            [solved.get(name, site) for name, site in self.items()],
+            self.batches,
+            self.never_called,
+            {**self._kept, **again},
+        )
+
+    def compare(
+        self,
+        methods: str | Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+        bits: int | Sequence[int] = (4, 8),
+        sites: str | Sequence[str] | None = None,
+    ) -> Comparison:
+        """The SQNR of every method at every width, predicted and measured, from what was collected.
+
+        Predicted is what the histogram leads to expect, outliers included. Measured is as
+        :func:`calibrate` measures: exact on a weight (in the process that calibrated, while it is
+        unchanged), elsewhere on the sample that the result keeps.
+
+        Args:
+            methods: which, see :func:`pyobserver.ranges.solve`, or their options by method:
+                ``{"minmax": {}, "percentile": {"percentile": 0.999}}``. None: all of them.
+            bits: the widths; grids are as for :meth:`solve`.
+            sites: name patterns; None: all sites with a histogram.
+
+        Returns:
+            The :class:`Comparison`; ``print`` shows it as a table.
+
+        Raises:
+            ValueError, TypeError: as :meth:`solve`.
+        """
+        names = self._solvable("compare", self._matching("compare", sites))
+        if methods is None:
+            methods = tuple(ranges.METHODS)
+        elif isinstance(methods, str):
+            methods = (methods,)
+        if not isinstance(methods, Mapping):
+            methods = {method: {} for method in methods}
+        widths = (bits,) if isinstance(bits, int) else tuple(bits)
+        for argument, given in (("methods", methods), ("bits", widths)):
+            if not given:
+                raise ValueError(f"compare: {argument}: expected at least one, got none")
+        again: dict[tuple[str, int], dict[str, Kept]] = {}
+        for method, options in methods.items():
+            ranges.check_method("compare", method, options)
+            for width in widths:
+                again[method, width] = {
+                    name: replace(
+                        self._kept[name],
+                        method=method,
+                        options=options,
+                        grid=regrid(self._kept[name].grid, width),
+                    )
+                    for name in names
+                }
+        return Comparison(
+            {
+                cell: {
+                    name: Sqnr(site.predicted_sqnr, site.sqnr)
+                    for name, site in self._solved(sites_of_cell).items()
+                }
+                for cell, sites_of_cell in again.items()
+            }
+        )
+
+    def _matching(self, owner: str, sites: str | Sequence[str] | None) -> list[str]:
+        """The sites that are meant, in order."""
+        if sites is None:
+            return list(self)
+        patterns = (sites,) if isinstance(sites, str) else tuple(sites)
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in self):
+                raise ValueError(
+                    f"{owner}: sites: expected a name pattern that matches, got {pattern!r}; "
+                    f"the sites are {', '.join(self)}"
+                )
+        return [name for name in self if any(fnmatchcase(name, p) for p in patterns)]
+
+    def _solvable(self, owner: str, names: Sequence[str]) -> list[str]:
+        kept = [name for name in names if name in self._kept]
+        if not kept:
+            observers = sorted({self[name].observer for name in names})
+            raise ValueError(
+                f"{owner}: sites: expected one at least whose observer keeps a histogram, "
+                f"got {', '.join(observers) or 'no sites'}"
+            )
+        return kept
+
+    def _solved(self, again: Mapping[str, Kept]) -> dict[str, Site]:
+        """Sites chosen anew."""
+        solved = {}
+        for (name, kept), chosen in zip(again.items(), choose_all([*again.values()]), strict=True):
+            site, grid = self[name], kept.grid
+            bounds = grid.quant_min, grid.quant_max
+            solved[name] = replace(
+                site,
+                method=kept.method,
+                dtype=dtype_holding(site.dtype, grid),
+                quant_min=grid.quant_min,
+                quant_max=grid.quant_max,
+                qscheme=scheme_of(site.qscheme, grid),
+                scale=chosen.scale,
+                zero_point=chosen.zero_point,
+                predicted_sqnr=chosen.predicted_sqnr,
+                sqnr=kept.values.sqnr(chosen.scale, chosen.zero_point, *bounds, site.ch_axis),
+            )
+        return solved
 
     def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Fake-quantize the sites of a model with the scales that were found.
@@ -331,11 +539,13 @@ def _row(site: Site) -> tuple[str, ...]:
     return (
         site.name,
         site.observer,
+        site.method or "-",
         kind,
         _span(site.scale),
         _span(site.zero_point),
         f"[{float(low.min()):.4g}, {float(high.max()):.4g}]",
         f"{site.sqnr:.1f}",
+        "-" if site.method is None else f"{site.predicted_sqnr:.1f}",
         str(site.tensors),
     )
 

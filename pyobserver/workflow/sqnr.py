@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,28 @@ def sqnr(
     if noise == 0:
         return math.inf
     return float(10 * torch.log10(signal / noise))
+
+
+class Sample(NamedTuple):
+    """Some of the values of a site, on the CPU.
+
+    Attributes:
+        values: float32 ``(SLOTS,)``.
+        channels: int64, as many: the channel of each; None where there is one scale.
+    """
+
+    values: Tensor
+    channels: Tensor | None
+
+    def sqnr(
+        self, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+    ) -> float:
+        """:func:`sqnr` of the sampled values; its standard error is about 0.2 dB on normal data."""
+        scale, zero_point = scale.cpu(), zero_point.cpu()
+        if self.channels is not None:
+            # one scale a value: the sample is its own channel axis
+            scale, zero_point, axis = scale[self.channels], zero_point[self.channels], 0
+        return sqnr(self.values, scale, zero_point, quant_min, quant_max, axis)
 
 
 class ValueSample:
@@ -69,16 +92,7 @@ class ValueSample:
             channel = position.div(inner, rounding_mode="floor") % x.shape[self.axis]
             self.channels = torch.where(fresh, channel, self.channels)
 
-    def sqnr(
-        self,
-        scale: Tensor,
-        zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        axis: int | None,
-    ) -> float:
-        """:func:`sqnr` of the sampled values; its standard error is about 0.2 dB on normal data."""
-        if axis is not None:
-            # one scale a value: the sample is its own channel axis
-            scale, zero_point, axis = scale[self.channels], zero_point[self.channels], 0
-        return sqnr(self.values, scale, zero_point, quant_min, quant_max, axis)
+    def taken(self) -> Sample:
+        """The values drawn so far."""
+        channels = None if self.axis is None else self.channels.cpu().clone()
+        return Sample(self.values.cpu().clone(), channels)

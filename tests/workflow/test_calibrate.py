@@ -671,7 +671,8 @@ def test_table() -> None:
     lines = str(quiet(Net(), batches_of(2), "fc", activation=four_bit)).splitlines()
     header, rule, *rows, footer = lines
     assert header.split() == [
-        "site", "observer", "type", "scale", "zero", "point", "range", "SQNR", "dB", "seen",
+        "site", "observer", "method", "type", "scale", "zero", "point", "range", "SQNR", "dB",
+        "predicted", "seen",
     ]  # fmt: skip
     assert set(rule) == {"-"}
     assert len({len(line) for line in (header, rule, *rows)}) == 1
@@ -690,6 +691,8 @@ def assert_same(left: CalibrationResult, right: CalibrationResult) -> None:
             if isinstance(value, Tensor):
                 assert value.dtype == other.dtype
                 assert torch.equal(value, other)
+            elif field == "predicted_sqnr" and math.isnan(value):
+                assert math.isnan(other)
             else:
                 assert value == other
 
@@ -710,8 +713,8 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="expected a saved CalibrationResult, got"):
         CalibrationResult.load(path)
-    torch.save({"format": "pyobserver.calibration", "version": 2}, path)
-    with pytest.raises(ValueError, match="format version 1 or earlier, got 2"):
+    torch.save({"format": "pyobserver.calibration", "version": 3}, path)
+    with pytest.raises(ValueError, match="format version 2 or earlier, got 3"):
         CalibrationResult.load(path)
 
 
