@@ -64,8 +64,7 @@ def calibrate(
     2048 values, each drawn evenly from all that the site saw: its standard error is about 0.2 dB
     on normal data, and values rarer than the sample (one outlier in millions) do not show in it.
     The draws are seeded, and leave torch's global generators alone. Where the observer keeps a
-    histogram, ``predicted_sqnr`` is the SQNR that this leads to expect, outliers included. Either
-    is infinite where quantizing changes nothing (as of zeros alone, or of no values), and NaN
+    histogram, ``predicted_sqnr`` is the SQNR that this leads to expect, of all values. Either is infinite where quantizing changes nothing (as of zeros alone, or of no values), and NaN
     where the scale is not a positive number.
 
     **What the result keeps.** Of each site with a histogram observer, on the CPU, so that

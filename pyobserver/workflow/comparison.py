@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .table import aligned
@@ -26,8 +26,8 @@ class Comparison(Mapping[tuple[str, int], Mapping[str, Sqnr]]):
 
     Attributes:
         sites: all that were compared.
-        left_out: those that the means leave out: they are infinite (no noise) or NaN (no usable
-            scale) by some method at some width. A mean over different sites could not be compared.
+        left_out: those that no mean counts, for by some method at some width they are NaN (no
+            usable scale): means over different sites could not be compared.
     """
 
     def __init__(self, cells: Mapping[tuple[str, int], Mapping[str, Sqnr]]):
@@ -36,7 +36,7 @@ class Comparison(Mapping[tuple[str, int], Mapping[str, Sqnr]]):
         self.left_out = tuple(
             name
             for name in self.sites
-            if not all(math.isfinite(value) for cell in self.values() for value in cell[name])
+            if any(math.isnan(value) for cell in self.values() for value in cell[name])
         )
 
     def __getitem__(self, method_and_bits: tuple[str, int]) -> Mapping[str, Sqnr]:
@@ -57,14 +57,16 @@ class Comparison(Mapping[tuple[str, int], Mapping[str, Sqnr]]):
         return tuple(dict.fromkeys(bits for _, bits in self))
 
     def mean(self, method: str, bits: int) -> Sqnr:
-        """The mean of the dB over the sites, but for :attr:`left_out`; where that is all, of all.
+        """That of the mean share of noise over the sites, but for :attr:`left_out`.
 
-        That of all may be infinite or NaN.
+        So ``-10 * log10(mean(10**(-dB / 10)))``: the worst sites weigh most, as they do in a model,
+        and an infinite one (no noise) counts as a share of 0. NaN where all are left out.
         """
         cell = self[method, bits]
         taken = [cell[name] for name in self.sites if name not in self.left_out]
-        columns = zip(*(taken or cell.values()), strict=True)
-        return Sqnr(*(sum(column) / len(column) for column in columns))
+        if not taken:
+            return Sqnr(math.nan, math.nan)
+        return Sqnr(*(_mean(column) for column in zip(*taken, strict=True)))
 
     def __repr__(self) -> str:
         return (
@@ -77,9 +79,14 @@ class Comparison(Mapping[tuple[str, int], Mapping[str, Sqnr]]):
         for method in self.methods:
             rows.append((method, *(str(self.mean(method, bits)) for bits in self.bits)))
         lines = aligned(rows, numbers=len(self.bits))
-        taken = [name for name in self.sites if name not in self.left_out] or list(self.sites)
-        of = taken[0] if len(taken) == 1 else f"mean over {len(taken)} sites"
+        taken = [name for name in self.sites if name not in self.left_out]
+        of = taken[0] if len(taken) == 1 else f"mean noise of {len(taken)} sites"
         lines.append(f"SQNR in dB, predicted / measured, {of}")
-        if self.left_out and len(taken) < len(self.sites):
-            lines.append(f"left out, for it is not finite in all: {', '.join(self.left_out)}")
+        if self.left_out:
+            lines.append(f"left out, without a usable scale: {', '.join(self.left_out)}")
         return "\n".join(lines)
+
+
+def _mean(decibels: Sequence[float]) -> float:
+    share = sum(10 ** (-each / 10) for each in decibels) / len(decibels)
+    return -10 * math.log10(share) if share > 0 else math.inf

@@ -59,11 +59,17 @@ class PackedHistogram(NamedTuple):
         """Of all its values together, see :func:`pyobserver.ranges.expected_error`."""
         rows = ranges.stack([self.unpacked()])
         error = ranges.expected_error(rows, scale, zero_point, quant_min, quant_max)
-        return ranges.pooled_sqnr(error, rows.counts)
+        return _pooled(scale, error, rows.counts)
 
     @property
     def rows(self) -> int:
         return self.min_val.numel()
+
+
+def _pooled(scale: Tensor, error: Tensor, counts: Tensor) -> float:
+    """The expected SQNR of all histograms of a site; NaN by a scale that cannot be used."""
+    usable = bool(((scale > 0) & scale.isfinite()).all())
+    return ranges.pooled_sqnr(error, counts) if usable else math.nan
 
 
 class Values:
@@ -174,5 +180,5 @@ def _choose_alike(kept: Sequence[Kept]) -> Iterator[Chosen]:
     sizes = [one.histogram.rows for one in kept]
     columns = (column.split(sizes) for column in (scale, zero_point, error, rows.counts))
     for of_scale, of_zero_point, of_error, of_counts in zip(*columns, strict=True):
-        predicted = ranges.pooled_sqnr(of_error, of_counts)
+        predicted = _pooled(of_scale, of_error, of_counts)
         yield Chosen(of_scale.clone(), of_zero_point.clone(), predicted)

@@ -32,9 +32,9 @@ def regrid(
     same_bounds = bits is None and quant_min is None and quant_max is None
     if same_bounds:
         quant_min, quant_max = grid.quant_min, grid.quant_max
-    elif bits is not None and quant_min is None and quant_max is None and grid.quant_min < 0:
-        of_bits = Grid.of(bits, symmetric=True)
-        quant_min, quant_max = of_bits.quant_min, of_bits.quant_max
+    elif bits is not None and quant_min is None and quant_max is None:
+        _, quant_max, *_ = Grid.of(bits, symmetric=grid.quant_min < 0)
+        quant_min = -quant_max - 1 if grid.quant_min < 0 else 0
     new = Grid.of(
         8 if bits is None else bits,
         quant_min,

@@ -278,9 +278,10 @@ class CalibrationResult(Mapping[str, Site]):
     ) -> Comparison:
         """The SQNR of every method at every width, predicted and measured, from what was collected.
 
-        Predicted is what the histogram leads to expect, outliers included. Measured is as
+        Predicted is what the histogram leads to expect, of all values. Measured is as
         :func:`calibrate` measures: exact on a weight (in the process that calibrated, while it is
-        unchanged), elsewhere on the sample that the result keeps.
+        unchanged), elsewhere on the sample that the result keeps, which tells little of values
+        that are clipped and rare.
 
         Args:
             methods: which, see :func:`pyobserver.ranges.solve`, or their options by method:

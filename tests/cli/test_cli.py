@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,11 @@ def test_info_without_native() -> None:
     assert not any(name.startswith("build") for name in shown)
 
 
+def pixels_of(image: Any, colour: str) -> int:
+    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return int((abs(image[..., :3] - rgb).max(-1) < 0.02).sum())
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = pytest.importorskip("matplotlib.image")
     pytest.importorskip("sklearn")
@@ -76,10 +82,12 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pixels = image.imread(output)
     assert pixels.shape[0] > 500
     assert pixels.shape[1] > 1000
-    # grey bars, and the three colours of the observers
-    for colour in ("#B8B8B8", "#D55E00", "#0072B2", "#009E73"):
-        rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        assert (abs(pixels[..., :3] - rgb).max(-1) < 0.02).sum() > 200
+    # grey bars, and the colours of the observers
+    of_observers = ("#B8B8B8", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
+    assert all(pixels_of(pixels, colour) > 200 for colour in of_observers)
+    # and those of the methods
+    tails = image.imread(tmp_path / "demo-tails.png")
+    assert all(pixels_of(tails, colour) > 200 for colour in (*of_observers, "#E69F00", "#56B4E9"))
 
     text = capsys.readouterr().out
     assert ("backend: native" if pyobserver.native_status.cpu else "backend: pure PyTorch") in text
@@ -87,18 +95,35 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found is not None
     in_float = float(found[1])
     assert in_float > 90
-    rows = re.findall(r"^(\w+) +(\w+) +([\d.]+)% +([\d.]+)% +[\d.]+ +(.+)$", text, re.MULTILINE)
-    assert len(rows) == 6
+    rows = re.findall(r"^(\w+) +(\w+) +([\d.]+)% +([\d.]+)% +[\d.]+( +.+)?$", text, re.MULTILINE)
+    # without the native library it searches no channels
+    assert len(rows) == 8 if pyobserver.native_status.cpu else 7
     assert {name for row in rows for name in row[:2]} == {
         "MinMax",
         "MovingAverageMinMax",
         "Histogram",
+        "LogHistogram",
         "PerChannelMinMax",
         "MovingAveragePerChannelMinMax",
+        *(["PerChannelLogHistogram"] if pyobserver.native_status.cpu else []),
     }
     for *_, int8, int4, _ in rows:
         assert abs(float(int8) - in_float) < 3
         assert float(int4) > 70
+
+    cells = dict(re.findall(r"^(\w+) +([\d.]+ / [\d./ ]+)$", text, re.MULTILINE))
+    assert cells.keys() == pyobserver.ranges.METHODS.keys()
+    predicted = {
+        method: [float(cell.split(" / ")[0]) for cell in re.split(r" {2,}", row)]
+        for method, row in cells.items()
+    }
+    for method, row in predicted.items():
+        assert len(row) == 3
+        assert row == sorted(row)
+        assert all(x <= best + 0.1 for x, best in zip(row, predicted["mse"], strict=True)), method
+    accuracies = re.findall(r"^(\w+) +[\d.]+% +[\d.]+% +([\d.]+)%$", text, re.MULTILINE)
+    assert [method for method, _ in accuracies] == list(pyobserver.ranges.METHODS)
+    assert all(abs(float(accuracy) - in_float) < 3 for _, accuracy in accuracies)
 
 
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
