@@ -62,16 +62,18 @@ def calibrate(
     The SQNR of a site is ``10 * log10(sum(x**2) / sum((x - quantized x)**2))`` in dB with the
     scale chosen. For a weight it is exact. For inputs and outputs it is measured on a sample of
     2048 values, each drawn evenly from all that the site saw: its standard error is about 0.2 dB
-    on normal data, and values rarer than the sample (one outlier in millions) do not show in it.
-    The draws are seeded, and leave torch's global generators alone. Where the observer keeps a
-    histogram, ``predicted_sqnr`` is the SQNR that this leads to expect, of all values. Either is infinite where quantizing changes nothing (as of zeros alone, or of no values), and NaN
-    where the scale is not a positive number.
+    on normal data. Values that are clipped and rare it mostly misses, and where it has one, that
+    weighs too much. The draws are seeded, and leave torch's global generators alone.
+
+    Where the observer keeps a histogram, ``predicted_sqnr`` is the SQNR that this leads to expect,
+    of all values. Either is infinite where quantizing changes nothing (as of zeros alone, or of no
+    values), and NaN where the scale is not a positive number.
 
     **What the result keeps.** Of each site with a histogram observer, on the CPU, so that
     :meth:`CalibrationResult.solve` can choose again without the data: the occupied bins of the
-    histogram (12 bytes each; of a log histogram some hundred to some thousand a tensor or channel,
-    8 to 60 KB) and the sample (8 KiB, per channel 24). A weight is referenced and not copied, so it
-    lives as long as the result; once it is changed in place, its sample stands for it.
+    histogram (12 bytes each; about a thousand in a log histogram of a million normal values) and
+    the sample (8 KiB, per channel 24). A weight is referenced and not copied, so it lives as long
+    as the result; once it is changed in place, its sample stands for it.
 
     Args:
         model: any module. Its tensors and the batches have to be on the same device already.
@@ -346,6 +348,11 @@ def _check_factory(argument: str, factory: Any) -> None:
         raise TypeError(
             f"calibrate: {argument}: expected an observer that chooses a scale and zero point on "
             f"an integer grid, got {observer!r}"
+        )
+    if getattr(observer, "block_size", None) is not None:
+        raise TypeError(
+            f"calibrate: {argument}: expected an observer of one scale, or of one a channel, "
+            f"got {type(observer).__name__}"
         )
     dtype_bounds(cast(torch.dtype, observer.dtype))
 

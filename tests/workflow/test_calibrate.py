@@ -615,6 +615,11 @@ def test_default_selection_of_nothing() -> None:
         ({"weight": pyobserver.MinMaxObserver()}, TypeError, "weight: .* got MinMaxObserver"),
         ({"activation": nn.ReLU}, TypeError, "activation: expected an observer .* got ReLU"),
         ({"weight": pyobserver.PlaceholderObserver}, TypeError, "weight: expected an observer"),
+        (
+            {"weight": pyobserver.PerBlockLogHistogramObserver.with_args(block_size=(1, 2))},
+            TypeError,
+            "weight: expected an observer of one scale, .* got PerBlockLogHistogramObserver",
+        ),
         ({"batches": 3}, TypeError, "batches: expected an iterable of batches, got 3"),
         ({"batches": None}, TypeError, "batches: expected an iterable of batches, got None"),
         ({"model": len}, TypeError, "model: expected a torch.nn.Module"),

@@ -107,6 +107,43 @@ def test_predicted_sqnr_is_of_the_scale_chosen() -> None:
         assert site.predicted_sqnr == pytest.approx(expected, abs=1e-9)
 
 
+def test_channels_weigh_by_their_finite_values() -> None:
+    x = torch.randn(2, 400, generator=torch.Generator().manual_seed(2))
+    x[0] *= 3
+    x[0, 20:] = math.nan
+    activation = CHANNEL.with_args(quant_min=-8, quant_max=7, method="percentile", mantissa_bits=6)
+    model = nn.Sequential(nn.Identity())
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        site = quiet(activation, None, model=model, batches=[x], modules="0")["0.input"]
+    finite = [(row[row.isfinite()], scale) for row, scale in zip(x, site.scale, strict=True)]
+    signal = sum(row.double().square().sum() for row, _ in finite)
+    noise = sum(
+        (row - pyobserver.ops.fake_quantize(row, scale, torch.tensor(0), -8, 7)).square().sum()
+        for row, scale in finite
+    )
+    assert site.predicted_sqnr == pytest.approx(float(10 * torch.log10(signal / noise)), abs=0.4)
+
+
+def test_histograms_that_ask_the_same_are_asked_in_one_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, choose = [], ranges.choose
+
+    def counting(histogram: ranges.Histogram, *args: Any) -> Any:
+        asked.append(histogram.min_val.numel())
+        return choose(histogram, *args)
+
+    monkeypatch.setattr(ranges, "choose", counting)
+    result = quiet()
+    assert sorted(asked) == [4, 5]  # inputs and outputs; the channels of two weights
+    asked.clear()
+    result.compare(("minmax", "percentile"), (4, 8))
+    assert sorted(asked) == [4] * 4 + [5] * 4
+    asked.clear()
+    result.solve("minmax", 4, sites="*put")
+    assert asked == [4]
+
+
 def test_sites_without_a_histogram_predict_nothing() -> None:
     result = quiet(pyobserver.MinMaxObserver)
     assert math.isnan(result["0.input"].predicted_sqnr)
