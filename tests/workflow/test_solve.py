@@ -211,7 +211,7 @@ def test_portions_of_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("method", "bits"), [*((method, 4) for method in ranges.METHODS), ("mse", 8)]
+    ("method", "bits"), [*((method, 4) for method in ranges.METHODS), ("percentile", 8)]
 )
 def test_solve_is_calibrating_again(method: str, bits: int) -> None:
     half, options = 2 ** (bits - 1), OPTIONS.get(method, {})
@@ -226,7 +226,8 @@ def test_solve_is_calibrating_again(method: str, bits: int) -> None:
             CHANNEL.with_args(**chosen, **of_weight),
             **data,
         )
-        assert_same(quiet(activation, **data).solve(method, bits, **options), again)
+        first = quiet(activation.with_args(method="minmax"), **data)
+        assert_same(first.solve(method, bits, **options), again)
 
 
 @pytest.mark.parametrize(
@@ -261,10 +262,9 @@ def test_solve_of_nothing_is_the_same() -> None:
     greedy = pyobserver.HistogramObserver.with_args(
         dtype=torch.uint8, quant_min=0, quant_max=15, scale_constraint="fp16"
     )
-    unsigned = SEARCHED.with_args(
-        qscheme=torch.per_tensor_symmetric, quant_min=0, quant_max=15, method="lp",
-        method_kwargs={"p": 3.0},
-    )  # fmt: skip
+    unsigned = LOG.with_args(
+        qscheme=torch.per_tensor_symmetric, quant_min=0, quant_max=15, percentile=0.9, eps=2.0
+    )
     for activation in (greedy, unsigned, pyobserver.KLObserver.with_args(bins=512)):
         result = quiet(activation)
         assert_same(result.solve(), result)
@@ -297,6 +297,14 @@ def test_solve_of_some_sites() -> None:
         assert some[name].method == expected[name].method
     # and those that were left are solved from there
     assert_same(some.solve("minmax", 4), whole)
+
+
+def test_sites_that_differ_in_one_thing_stay_apart() -> None:
+    result = quiet(weight=None).solve(bits=4)
+    mixed = result.solve(percentile=0.7, sites="0.input").solve(eps=3.0, sites="3.input")
+    assert_same(mixed.solve(), mixed)
+    for changed in ("0.input", "3.input"):
+        assert not torch.equal(mixed[changed].scale, result[changed].scale)
 
 
 def test_sites_without_a_histogram_stay() -> None:
