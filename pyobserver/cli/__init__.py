@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo", help="train, calibrate and quantize a small network, beside torch.ao"
     )
     shown.add_argument(
-        "--output", type=Path, default=Path("demo.png"), help="where to put the picture"
+        "--output", type=Path, default=Path("demo.png"), help="the picture; a second lies beside it"
     )
     shown.add_argument("--quick", action="store_true", help="less training, fewer repeats")
     arguments = parser.parse_args(argv)
