@@ -124,16 +124,21 @@ def test_channels_weigh_by_their_finite_values() -> None:
     assert site.predicted_sqnr == pytest.approx(float(10 * torch.log10(signal / noise)), abs=0.4)
 
 
-def test_histograms_that_ask_the_same_are_asked_in_one_call(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked, choose = [], ranges.choose
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many histograms were in each call."""
+    sizes: list[int] = []
+    choose = ranges.choose
 
     def counting(histogram: ranges.Histogram, *args: Any) -> Any:
-        asked.append(histogram.min_val.numel())
+        sizes.append(histogram.min_val.numel())
         return choose(histogram, *args)
 
     monkeypatch.setattr(ranges, "choose", counting)
+    return sizes
+
+
+def test_histograms_that_ask_the_same_are_asked_in_one_call(asked: list[int]) -> None:
     result = quiet()
     assert sorted(asked) == [4, 5]  # inputs and outputs; the channels of two weights
     asked.clear()
@@ -196,15 +201,21 @@ def test_scale_that_is_not_finite_is_nan() -> None:
     assert math.isfinite(comparison.mean("minmax", 8).predicted)
 
 
-def test_portions_of_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portions_of_memory_change_nothing(
+    asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = quiet()
     solved = whole.solve("percentile", 4)
     monkeypatch.setattr(kept_module, "_BYTES_AT_ONCE", 1)
     # the name in the package is that of the function
     calibrate_module = importlib.import_module("pyobserver.workflow.calibrate")
     monkeypatch.setattr(calibrate_module, "_BYTES_PENDING", 1)
+    asked.clear()
     assert_same(quiet(), whole)
+    assert asked == [2, 3, 4]  # each weight by itself, then the inputs and outputs
+    asked.clear()
     assert_same(whole.solve("percentile", 4), solved)
+    assert sorted(asked) == [1, 1, 1, 1, 2, 3]
 
 
 # solve
@@ -260,7 +271,7 @@ def test_grid_of_solve(grid: dict[str, Any], observer: dict[str, Any]) -> None:
 
 def test_solve_of_nothing_is_the_same() -> None:
     greedy = pyobserver.HistogramObserver.with_args(
-        dtype=torch.uint8, quant_min=0, quant_max=15, scale_constraint="fp16"
+        dtype=torch.uint8, quant_min=0, quant_max=3, scale_constraint="fp16"
     )
     unsigned = LOG.with_args(
         qscheme=torch.per_tensor_symmetric, quant_min=0, quant_max=15, percentile=0.9, eps=2.0
