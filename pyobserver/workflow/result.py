@@ -246,15 +246,18 @@ class CalibrationResult(Mapping[str, Site]):
         again = {}
         for name in names:
             kept = self._kept[name]
-            ranges.check_method("solve", method or kept.method, options)
+            asked, of_method = method, options
+            if asked is None:
+                asked, of_method = kept.method, {**kept.options, **options}
+            ranges.check_method("solve", asked, options)
             again[name] = replace(
                 kept,
                 grid=regrid(
                     kept.grid, bits, quant_min, quant_max, symmetric, narrow_range,
                     scale_constraint, eps,
                 ),
-                method=method or kept.method,
-                options=options if method else {**kept.options, **options},
+                method=asked,
+                options=of_method,
             )  # fmt: skip
         solved = self._solved(again)
         if stays:

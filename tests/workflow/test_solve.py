@@ -358,6 +358,7 @@ def test_partial_result_can_be_solved() -> None:
     ("arguments", "error", "message"),
     [
         ({"method": "l3"}, ValueError, "solve: .*method.*minmax.*'l3'"),
+        ({"method": ""}, ValueError, "solve: .*method.*minmax.*''"),
         ({"bits": 1}, ValueError, r"bits: expected an integer in \[2, 16\], got 1"),
         ({"bits": 17}, ValueError, "bits: expected .* got 17"),
         ({"bits": 4.0}, ValueError, "bits: expected .* got 4.0"),
