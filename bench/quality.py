@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import pyobserver
 from pyobserver import ops
 
 from .report import table
 
 COUNT = 200_000
-MANTISSA_BITS = 5
 BITS = (2, 4, 8)
 
 Draw = Callable[[np.random.Generator], np.ndarray]
@@ -80,19 +80,10 @@ def data(name: str) -> Tensor:
 
 
 @cache
-def log_histogram(name: str, k: int = MANTISSA_BITS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts of the values rounded to k bits of mantissa, half away from zero, and the edges."""
-    x = data(name)
-    bits = x.numpy().view(np.int32).astype(np.int64)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    greatest = 255 << k
-    column = greatest + ((key + (1 << (22 - k))) >> (23 - k))
-    counts = np.bincount(column, minlength=2 * greatest + 1).astype(np.float64)
-    # a bin ends halfway to the value of the next, the last one at the greatest float32
-    halfway = (2 * np.arange(greatest + 1) + 1) << (22 - k)
-    ends = np.minimum(halfway, 0x7F7FFFFF).astype(np.int32).view(np.float32).astype(np.float64)
-    edges = np.concatenate([-ends[::-1], ends])
-    return torch.from_numpy(counts), torch.from_numpy(edges), *torch.aminmax(x)
+def observer_of(name: str) -> pyobserver.LogHistogramObserver:
+    observer = pyobserver.LogHistogramObserver()
+    observer(data(name))
+    return observer
 
 
 class Sorted:
@@ -168,15 +159,12 @@ def error_of(name: str, scale: Tensor, zero_point: Tensor, grid: Grid) -> float:
     return float(((x.double() - y.double()) ** 2).sum())
 
 
-def found(name: str, grid: Grid, k: int = MANTISSA_BITS) -> tuple[Tensor, Tensor]:
-    """The scale and zero point of ``lp_search`` on the log histogram."""
-    scale, zero_point = torch.zeros(()), torch.zeros((), dtype=torch.int32)
-    error = torch.zeros(3, dtype=torch.float64)
-    fixed = 0 if grid.symmetric else None
-    ops.lp_search(
-        *log_histogram(name, k), scale, zero_point, error, *grid[:2], fixed_zero_point=fixed
+def found(name: str, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What our observer chooses."""
+    solution = observer_of(name).solve(
+        "mse", quant_min=grid.quant_min, quant_max=grid.quant_max, symmetric=grid.symmetric
     )
-    return scale, zero_point
+    return solution.scale, solution.zero_point
 
 
 def _by_torch(name: str, grid: Grid, of_histogram: bool) -> tuple[Tensor, Tensor]:
@@ -225,12 +213,11 @@ def _rows() -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    heads = ("data", "scheme", "bits", "least", "torch.ao histogram", "min/max", "lp_search")
+    heads = ("data", "scheme", "bits", "least", "torch.ao histogram", "min/max", "ours, mse")
     print(
         f"Mean squared error of {COUNT:,} float32 values: the least there is (brute force over "
         "scales and zero points), and as its multiples those of the ranges that torch.ao's "
-        f"HistogramObserver, min/max and `lp_search` (log histogram, {MANTISSA_BITS} bits of "
-        "mantissa) choose.\n"
+        "HistogramObserver, min/max and LogHistogramObserver (by mse) choose.\n"
     )
     print("\n".join(table(heads, list(_rows()))), end="")
 
