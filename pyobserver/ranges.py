@@ -77,11 +77,15 @@ class Histogram(NamedTuple):
         state = source
         if not isinstance(state, Mapping):
             state = torch.load(state, map_location="cpu", weights_only=True)
+        if not isinstance(state, Mapping):
+            raise ValueError(f"load: source: expected a state_dict, got {type(state).__name__}")
         low, high = (state.get(prefix + name) for name in ("min_val", "max_val"))
         if low is not None and high is not None:
             if (counts := state.get(prefix + "counts")) is not None:
                 return cls.log(counts, low, high)
             if (counts := state.get(prefix + "histogram")) is not None:
+                if low.numel() == 0:  # torch.ao's of before version 3, never fed
+                    low, high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
                 shape = counts.shape[:-1]
                 return cls(counts.double(), low.reshape(shape), high.reshape(shape), "linear")
         found = sorted({key.rpartition(".")[0] for key in state if key.endswith("min_val")})
@@ -136,8 +140,9 @@ class Grid(NamedTuple):
                 f"solve: bits: expected an integer in [{LEAST_BITS}, {MOST_BITS}], got {bits!r}"
             )
         _checks.check_choice("solve", "scale_constraint", scale_constraint, CONSTRAINTS)
-        if not 0 < eps < float("inf"):
-            raise ValueError(f"solve: eps: expected a positive finite number, got {eps}")
+        least_scale = torch.tensor([eps], dtype=torch.float32)
+        if not bool((least_scale > 0) & least_scale.isfinite()):
+            raise ValueError(f"solve: eps: expected a positive finite float32, got {eps}")
         if (quant_min is None) != (quant_max is None):
             raise ValueError(
                 "solve: quant_min, quant_max: expected both or neither, "
@@ -146,17 +151,16 @@ class Grid(NamedTuple):
         if quant_min is None or quant_max is None:
             quant_min = -(2 ** (bits - 1)) if symmetric else 0
             quant_max = quant_min + 2**bits - 1
-        _checks.check_quant_range("solve", quant_min, quant_max)
+        _checks.check_quant_range("solve", quant_min + narrow_range, quant_max)
         zero_point = None
         if symmetric:
             zero_point = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
-        return cls(
-            quant_min + narrow_range,
-            quant_max,
-            zero_point,
-            scale_constraint,
-            torch.tensor([eps], dtype=torch.float32),
-        )
+            if zero_point > quant_max:
+                raise ValueError(
+                    "solve: quant_min, quant_max: expected a range that holds 0 or more for a "
+                    f"symmetric scheme, got [{quant_min}, {quant_max}]"
+                )
+        return cls(quant_min + narrow_range, quant_max, zero_point, scale_constraint, least_scale)
 
 
 class Solution(NamedTuple):
@@ -266,7 +270,8 @@ def _constrained(scale: Tensor, constraint: str) -> Tensor:
         return scale.clamp(_HALF_MIN, _HALF_MAX).half().float()
     if constraint in ("power_of_two", "e8m0"):
         mantissa, exponent = torch.frexp(scale)
-        power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        exponent = (exponent - (mantissa == 0.5).int()).clamp(max=127)  # the last of float32
+        power = torch.ldexp(torch.ones_like(scale), exponent)
         return torch.where(scale > 0, power, scale)
     return scale
 
@@ -312,7 +317,9 @@ def percentile(
     edges = _clamped_edges(histogram)
     if grid.zero_point is not None:
         bounds = edges.abs().sort(-1).values
-        counts = _magnitudes(histogram, bounds).diff(dim=-1)
+        upto = _magnitudes(histogram, bounds)
+        counts = upto.diff(dim=-1)
+        counts[..., 0] += upto[..., 0]
         return _of_range(*_within(histogram, _quantile(counts, bounds, percentile)), grid)
     cut = (1 - percentile) / 2
     ends = (_quantile(histogram.counts, edges, share) for share in (cut, 1 - cut))

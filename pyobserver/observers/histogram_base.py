@@ -71,7 +71,8 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
         if method is None:
             method, options = self.method, {**self.method_kwargs, **options}
         own = bits is None and quant_min is None and quant_max is None
-        is_symmetric = self.qscheme in SYMMETRIC if symmetric is None else symmetric
+        symmetric_here = self.qscheme in SYMMETRIC
+        is_symmetric = symmetric_here if symmetric is None else symmetric
         grid = ranges.Grid.of(
             8 if bits is None else bits,
             self.quant_min if own else quant_min,
@@ -81,7 +82,7 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
             self.scale_constraint if scale_constraint is None else scale_constraint,
             float(self.eps) if eps is None else eps,
         )
-        if own and symmetric is None:
+        if own and is_symmetric == symmetric_here:
             grid = grid._replace(zero_point=self._grid().zero_point)
         if not bool((self.min_val <= self.max_val).any()):
             raise ValueError(
@@ -96,9 +97,9 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point by the observer's method, see the base class."""
-        self._warn_of_statistics(self.min_val, self.max_val)
         if self.min_val.numel() == 0:
             return super().calculate_qparams()
+        self._warn_of_statistics(self.min_val, self.max_val)
         return self._finished(*self._choose())
 
     def write_qparams(
