@@ -21,7 +21,7 @@ from pyobserver import ranges
 from pyobserver.ranges import METHODS, Grid, Histogram, Solution, solve, solve_all
 
 COUNT = 20_000
-BINS = 512
+BINS = 256
 SPACINGS = ("log", "linear")
 SCHEMES = {"affine": False, "symmetric": True}
 CONSTRAINTS = ("none", "power_of_two", "fp16", "e8m0")
@@ -74,7 +74,7 @@ def data(kind: str) -> Tensor:
     return KINDS[kind](torch.Generator().manual_seed(len(kind))).float()
 
 
-def log_of(x: Tensor, mantissa_bits: int = 4) -> Histogram:
+def log_of(x: Tensor, mantissa_bits: int = 2) -> Histogram:
     observer = po.LogHistogramObserver(mantissa_bits)
     observer(x)
     return observer.statistic()
@@ -91,10 +91,16 @@ def histogram_of(kind: str, spacing: str) -> Histogram:
     return log_of(data(kind)) if spacing == "log" else linear_of(data(kind))
 
 
+@cache
+def all_kinds(spacing: str) -> Histogram:
+    """A row for each kind."""
+    return ranges.stack([histogram_of(kind, spacing) for kind in KINDS])
+
+
 def options_of(method: str, bins: int = BINS) -> dict[str, Any]:
     """So few bins that the reference is fast."""
     if method == "kl":
-        return {"bins": bins, "start_bin": bins // 16, "stride": 3}
+        return {"bins": bins, "start_bin": bins // 16, "stride": 5}
     return {"bins": bins} if method == "l2_greedy" else {}
 
 
@@ -117,13 +123,13 @@ def grid_of(bits: int, scheme: str, constraint: str = "none") -> Grid:
     return Grid.of(bits, symmetric=SCHEMES[scheme], scale_constraint=constraint)
 
 
-def is_allowed(scale: float, constraint: str) -> bool:
-    mantissa, exponent = math.frexp(scale)
+def is_allowed(scale: Tensor | float, constraint: str) -> bool:
+    scale = torch.as_tensor(scale)
+    mantissa, exponent = torch.frexp(scale)
     if constraint == "fp16":
-        return float(torch.tensor(scale).half()) == scale
-    if constraint == "e8m0":
-        return mantissa == 0.5 and -127 <= exponent - 1 <= 127
-    return constraint == "none" or mantissa == 0.5
+        return bool((scale.half().float() == scale).all())
+    power = (mantissa == 0.5) & (exponent - 1 >= -127) & (exponent - 1 <= 127)
+    return constraint == "none" or bool(power.all())
 
 
 def flat(solution: Solution) -> list[Tensor]:
@@ -138,35 +144,41 @@ def flat(solution: Solution) -> list[Tensor]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_grids(method: str, spacing: str, scheme: str) -> None:
     """The scale is one that is allowed, the zero point on the grid, zero exact."""
-    histograms = [histogram_of(kind, spacing) for kind in KINDS]
     for bits in (2, 4, 8, 16):
         for constraint in CONSTRAINTS:
             grid = grid_of(bits, scheme, constraint)
-            for kind, found in zip(
-                KINDS, solve_all(histograms, method, grid, **options_of(method)), strict=True
-            ):
-                context = (kind, bits, constraint, found)
-                scale, zero_point = float(found.scale), int(found.zero_point)
-                assert (found.scale.dtype, found.zero_point.dtype) == (torch.float32, torch.int64)
-                assert 0 < scale < math.inf, context
-                assert is_allowed(scale, constraint), context
-                assert grid.quant_min <= zero_point <= grid.quant_max, context
-                if scheme == "symmetric":
-                    assert zero_point == 0, context
-                for end, level in (
-                    (found.min_val, grid.quant_min),
-                    (found.max_val, grid.quant_max),
-                ):
-                    assert float(end) == pytest.approx((level - zero_point) * scale), context
-                errors = found.clipping_error, found.rounding_error, found.signal
-                assert all(float(error) >= 0 for error in errors), context
-                assert_same(found.error, found.clipping_error + found.rounding_error)
-                x = data(kind)
-                levels = torch.round(x.double() / scale) + zero_point
-                if method == "minmax" and constraint in ("power_of_two", "e8m0"):
-                    # nothing is clipped, but for half a level where the zero point is rounded
-                    assert (levels >= grid.quant_min - 1).all(), context
-                    assert (levels <= grid.quant_max + 1).all(), context
+            (found,) = solve_all([all_kinds(spacing)], method, grid, **options_of(method))
+            scale, zero_point = found.scale, found.zero_point
+            context = (bits, constraint, found)
+            assert (scale.dtype, zero_point.dtype) == (torch.float32, torch.int64)
+            assert ((scale > 0) & scale.isfinite()).all(), context
+            assert is_allowed(scale, constraint), context
+            assert ((zero_point >= grid.quant_min) & (zero_point <= grid.quant_max)).all(), context
+            if scheme == "symmetric":
+                assert (zero_point == 0).all(), context
+            for end, level in ((found.min_val, grid.quant_min), (found.max_val, grid.quant_max)):
+                assert_same(end, (level - zero_point) * scale, context)
+            assert (
+                torch.stack([found.clipping_error, found.rounding_error, found.signal]) >= 0
+            ).all()
+            assert_same(found.error, found.clipping_error + found.rounding_error)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_next_power_of_two_clips_nothing(spacing: str, scheme: str) -> None:
+    """But for half a level, where the zero point is rounded."""
+    for bits in (2, 4, 8, 16):
+        for constraint in ("power_of_two", "e8m0"):
+            grid = grid_of(bits, scheme, constraint)
+            (found,) = solve_all([all_kinds(spacing)], "minmax", grid)
+            (usual,) = solve_all([all_kinds(spacing)], "minmax", grid_of(bits, scheme))
+            assert (found.scale >= usual.scale).all()
+            assert (found.scale < 2 * usual.scale).all()
+            for i, kind in enumerate(KINDS):
+                levels = torch.round(data(kind).double() / found.scale[i]) + found.zero_point[i]
+                assert grid.quant_min - 1 <= levels.min(), (kind, bits)
+                assert levels.max() <= grid.quant_max + 1, (kind, bits)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -174,8 +186,8 @@ def test_grids(method: str, spacing: str, scheme: str) -> None:
 def test_errors_are_those_of_the_data(method: str, spacing: str) -> None:
     for kind in SMOOTH:
         x = data(kind)
-        fine = log_of(x, 7) if spacing == "log" else linear_of(x, 4096)
-        for bits in (3, 4, 8):
+        fine = log_of(x, 6) if spacing == "log" else linear_of(x, 2048)
+        for bits in (3, 8):
             for scheme in SCHEMES:
                 grid = grid_of(bits, scheme)
                 (found,) = solve_all([fine], method, grid, **options_of(method))
@@ -207,17 +219,15 @@ def test_the_error_is_that_of_fake_quantize(spacing: str, scheme: str) -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_mse_errs_least(spacing: str, scheme: str) -> None:
     """Others may have a scale between those that are tried, which lie 0.4 to 0.8 % apart."""
-    histograms = [histogram_of(kind, spacing) for kind in KINDS]
-    for bits in (2, 4, 8):
+    for bits in (2, 8):
         for constraint in CONSTRAINTS:
             grid = grid_of(bits, scheme, constraint)
-            best = solve_all(histograms, "mse", grid)
+            (best,) = solve_all([all_kinds(spacing)], "mse", grid)
+            slack = 1 + (1e-2 if constraint in ("none", "fp16") else 1e-12)
             for method in METHODS:
-                others = solve_all(histograms, method, grid, **options_of(method))
-                for kind, least, other in zip(KINDS, best, others, strict=True):
-                    slack = 1 + (1e-4 if constraint in ("none", "fp16") else 1e-12)
-                    context = (kind, bits, constraint, method, least, other)
-                    assert float(least.error) <= slack * float(other.error) + 1e-90, context
+                (other,) = solve_all([all_kinds(spacing)], method, grid, **options_of(method))
+                context = (bits, constraint, method, best, other)
+                assert (best.error <= slack * other.error + 1e-90).all(), context
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -390,7 +400,9 @@ def width_at(histogram: Histogram, value: float) -> float:
     """Of the wider of the bins that a value is in or beside."""
     widths = histogram.edges().diff()
     at = torch.searchsorted(histogram.edges(), torch.tensor(value, dtype=torch.float64))
-    return float(widths[[int(at.clamp(1, len(widths))) - 1, int(at.clamp(max=len(widths) - 1))]].max())
+    return float(
+        widths[[int(at.clamp(1, len(widths))) - 1, int(at.clamp(max=len(widths) - 1))]].max()
+    )
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -747,7 +759,7 @@ def test_edges() -> None:
     assert linear.finite()
     assert not linear._replace(max_val=torch.tensor(torch.inf)).finite()
     log = histogram_of("normal", "log")
-    assert_same(log.edges(), po.ops.log_edges(4))
+    assert_same(log.edges(), po.ops.log_edges(2))
     assert log.edges().shape == (log.counts.shape[-1] + 1,)
 
 
