@@ -14,7 +14,7 @@ from .observers import ObserverBase, merging
 
 __all__ = ["sync"]
 
-_UNSIZED = 2**62  # more channels than any
+_UNSIZED = 2**62  # more channels or blocks than any
 
 
 def sync(
@@ -54,7 +54,7 @@ def sync(
             communication.
         RuntimeError: no process group is initialized.
         ValueError: the ranks have different observers, or one that saw different numbers of
-            channels; on every rank, which keeps its statistics as they were.
+            channels or blocks; on every rank, which keeps its statistics as they were.
 
     Source: the ``sync_minmax`` of Horizon's observers, for least and greatest values.
     """
@@ -67,13 +67,13 @@ def sync(
     if dist.get_world_size(group) < 2:  # -1 outside the group
         return
     device = _reduction_device(list(observers.values()), group)
-    channels = _agreed_channels(observers, device, group)
+    groups = _agreed_groups(observers, device, group)
 
     def reduce(operation: str, flat: Tensor) -> None:
         dist.all_reduce(flat, getattr(dist.ReduceOp, operation.upper()), group)
 
     with torch.no_grad():
-        merging.merge([list(observers.values())], channels, device, reduce)
+        merging.merge([list(observers.values())], groups, device, reduce)
 
 
 def _observers(given: Any) -> dict[str, Any]:
@@ -106,35 +106,44 @@ def _reduction_device(observers: list[Any], group: Any) -> torch.device:
     return torch.device("cpu" if "cpu" in served else served[0])
 
 
-def _agreed_channels(observers: dict[str, Any], device: torch.device, group: Any) -> list[int]:
-    """The number of channels of each observer, once all ranks have the same observers."""
+def _agreed_groups(
+    observers: dict[str, Any], device: torch.device, group: Any
+) -> list[tuple[int, ...]]:
+    """The channels or blocks of each observer, once all ranks have the same observers."""
     agreement = _reduction_device([], group)
-    least, greatest = _extremes([len(observers), _code(device.type)], agreement, group)
-    if least != greatest:
+    kinds = [merging.describe(observer) for observer in observers.values()]
+    own = [len(observers), _code(device.type), _code("\n".join(kinds))]
+    least, greatest = _extremes(own, agreement, group)
+    if least[:2] != greatest[:2]:
         raise ValueError(
             "sync: model_or_observers: expected as many observers on every rank, on one type of "
             f"device, got {least[0]} to {greatest[0]} (here {len(observers)}, on {device.type})"
         )
+    if least != greatest:
+        least, greatest = _extremes([_code(kind) for kind in kinds], agreement, group)
+        others = [each != most for each, most in zip(least, greatest, strict=True)].index(True)
+        raise ValueError(
+            f"sync: {list(observers)[others]}: expected the same observer on every rank, "
+            f"got others (here {kinds[others]})"
+        )
     if not observers:
         return []
-    kinds = [_code(merging.describe(observer)) for observer in observers.values()]
-    sizes = [merging.channels_of(observer) for observer in observers.values()]
+    groups = [merging.groups_of(observer) for observer in observers.values()]
+    sizes = [size for each in groups for size in each]
     fed = [size or _UNSIZED for size in sizes]
-    least, greatest = _extremes([*kinds, *sizes, *fed], agreement, group)
-    count = len(observers)
-    for i, (name, observer) in enumerate(observers.items()):
-        if least[i] != greatest[i]:
+    least, greatest = _extremes([*sizes, *fed], agreement, group)
+    agreed: list[tuple[int, ...]] = []
+    for name, here in zip(observers, groups, strict=True):
+        first = sum(len(each) for each in agreed)
+        most = tuple(greatest[first : first + len(here)])
+        fewest = tuple(least[len(sizes) + first :][: len(here)])
+        if any(most) and fewest != most:
             raise ValueError(
-                f"sync: {name}: expected the same observer on every rank, got others "
-                f"(here {merging.describe(observer)})"
+                f"sync: {name}: expected one number of channels or blocks on every rank, "
+                f"got {merging.shown(fewest)} to {merging.shown(most)} (here {merging.shown(here)})"
             )
-        fewest, most = least[2 * count + i], greatest[count + i]
-        if most and fewest != most:
-            raise ValueError(
-                f"sync: {name}: expected one number of channels on every rank, "
-                f"got {fewest} to {most} (here {sizes[i]})"
-            )
-    return greatest[count : 2 * count]
+        agreed.append(most)
+    return agreed
 
 
 def _extremes(values: list[int], device: torch.device, group: Any) -> tuple[list[int], list[int]]:

@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from counting import CountingObserver as Counts  # the observers of exact counts
-from counting import PerChannelCountingObserver as PerChannelCounts
 from torch import Tensor, nn
 
 import pyobserver as po
@@ -26,6 +24,18 @@ from pyobserver.distributed import sync
 
 CHANNELS = 5
 Make = Callable[[], nn.Module]
+
+
+def counts() -> Any:
+    return po.LogHistogramObserver(mantissa_bits=3)
+
+
+def per_channel_counts(ch_axis: int = 0) -> Any:
+    return po.PerChannelLogHistogramObserver(ch_axis, mantissa_bits=2)
+
+
+def per_block_counts() -> Any:
+    return po.PerBlockLogHistogramObserver((7, 1, 3), mantissa_bits=1)
 
 
 def batches(rank: int, unfed: int | None = None) -> list[Tensor]:
@@ -90,8 +100,9 @@ class Model(nn.Module):
         self.first = po.MinMaxObserver()
         self.rows = nn.Sequential(po.PerChannelMinMaxObserver(ch_axis=1), nn.Identity())
         self.again = self.first
-        self.counts = Counts()
-        self.channel_counts = PerChannelCounts(ch_axis=1)
+        self.counts = counts()
+        self.channel_counts = per_channel_counts(ch_axis=1)
+        self.block_counts = per_block_counts()
         self.quantized = po.FakeQuantize(
             po.PerChannelMinMaxObserver, qscheme=torch.per_channel_affine, ch_axis=0
         )
@@ -101,7 +112,8 @@ class Model(nn.Module):
         self.placeholder = po.PlaceholderObserver()
 
     def forward(self, x: Tensor) -> Tensor:
-        for module in (self.first, self.rows, self.counts, self.channel_counts, self.quantized):
+        counts = (self.counts, self.channel_counts, self.block_counts)
+        for module in (self.first, self.rows, *counts, self.quantized):
             module(x)
         return x
 
@@ -123,7 +135,7 @@ def observers_may_be_given_one_or_several() -> None:
     mine, everything = mine_and_all(po.MinMaxObserver)
     sync(mine)
     assert state_bytes(mine) == state_bytes(everything)
-    several = [mine_and_all(make) for make in (Counts, po.MinMaxObserver)]
+    several = [mine_and_all(make) for make in (counts, po.MinMaxObserver)]
     observers = [mine for mine, _ in several]
     sync(observer for observer in (*observers, *observers))
     for mine, everything in several:
@@ -168,13 +180,14 @@ def zeros_nan_and_infinities_are_those_of_one_process() -> None:
     }
     for nonfinite, (first, second, third, only) in streams.items():
         for data in ((first, second), (second, first), (third, first), (first, third), (only, [])):
-            mine, everything = (po.MinMaxObserver(nonfinite=nonfinite) for _ in range(2))
-            for rank, values in ((0, data[0]), (last, data[1])):
-                everything(torch.tensor(values))
-                if rank == dist.get_rank():
-                    mine(torch.tensor(values))
-            sync(mine)
-            assert state_bytes(mine) == state_bytes(everything), (nonfinite, data, mine)
+            for make in (po.MinMaxObserver, po.LogHistogramObserver):
+                mine, everything = (make(nonfinite=nonfinite) for _ in range(2))
+                for rank, values in ((0, data[0]), (last, data[1])):
+                    everything(torch.tensor(values))
+                    if rank == dist.get_rank():
+                        mine(torch.tensor(values))
+                sync(mine)
+                assert state_bytes(mine) == state_bytes(everything), (nonfinite, data, mine)
 
 
 def moving_averages_are_the_mean_of_the_fed_ranks() -> None:
@@ -283,7 +296,7 @@ def what_keeps_no_statistics_is_left_alone() -> None:
 
 
 def other_numbers_of_channels_are_an_error_everywhere() -> None:
-    for make in (po.PerChannelMinMaxObserver, PerChannelCounts):
+    for make in (po.PerChannelMinMaxObserver, per_channel_counts):
         model = nn.ModuleDict({"whole": po.MinMaxObserver(), "rows": make(ch_axis=0)})
         rank = dist.get_rank()
         if rank != 0:
@@ -299,11 +312,33 @@ def other_numbers_of_channels_are_an_error_everywhere() -> None:
         assert state_bytes(model) == before
 
 
+def other_grids_of_blocks_are_an_error_everywhere() -> None:
+    for second in ((2, 4), (4, 3), (3, 2)):
+        model = nn.Sequential(po.MinMaxObserver(), po.PerBlockLogHistogramObserver((2, 2), 0))
+        rank = dist.get_rank()
+        grid = (2, 3) if rank == 0 else second
+        model(torch.full([2 * size for size in grid], float(rank)))
+        before = state_bytes(model)
+        least, greatest = (tuple(map(f, (2, 3), second)) for f in (min, max))
+        match = f"1: expected one number of .*blocks .* {least} to {greatest} (here {grid})"
+        with pytest.raises(ValueError, match=match.replace("(", r"\(").replace(")", r"\)")):
+            sync(model)
+        assert state_bytes(model) == before
+
+
 def other_observers_are_an_error_everywhere() -> None:
     first = dist.get_rank() == 0
     pairs: tuple[tuple[Any, Any, str], ...] = (
         (po.MinMaxObserver(), po.MovingAverageMinMaxObserver(), "MinMaxObserver"),
         (po.HistogramObserver(bins=4), po.HistogramObserver(bins=8), "HistogramObserver"),
+        (po.LogHistogramObserver(2), po.LogHistogramObserver(3), r"counts \("),
+        (per_channel_counts(), po.PerChannelLogHistogramObserver(0, 5), "PerChannelLog"),
+        (po.MinMaxObserver(), per_block_counts(), ""),
+        (
+            po.PerBlockLogHistogramObserver((1, 3)),
+            po.PerBlockLogHistogramObserver((3, 1)),
+            r"block of \(" + ("1, 3" if first else "3, 1"),
+        ),
         (
             po.PerChannelMinMaxObserver(ch_axis=0),
             po.PerChannelMinMaxObserver(ch_axis=1),
@@ -367,6 +402,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     a_range_that_is_not_finite_keeps_the_counts,
     what_keeps_no_statistics_is_left_alone,
     other_numbers_of_channels_are_an_error_everywhere,
+    other_grids_of_blocks_are_an_error_everywhere,
     other_observers_are_an_error_everywhere,
     only_the_group_takes_part,
     what_inference_mode_sizes_may_go_on_outside_it,

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from distributed_ranks import (
     CHECKS,
-    Counts,
-    PerChannelCounts,
     batches,
     carried,
     counting_all_reduces,
+    counts,
+    per_block_counts,
+    per_channel_counts,
     state_bytes,
 )
 from torch import nn
@@ -31,8 +32,9 @@ SCRIPT = Path(__file__).with_name("distributed_ranks.py")
 EXACT: dict[str, Callable[[], Any]] = {
     "MinMax": po.MinMaxObserver,
     "PerChannel": lambda: po.PerChannelMinMaxObserver(ch_axis=1),
-    "Counts": Counts,
-    "PerChannelCounts": lambda: PerChannelCounts(ch_axis=1),
+    "Counts": counts,
+    "PerChannelCounts": lambda: per_channel_counts(ch_axis=1),
+    "PerBlockCounts": per_block_counts,
 }
 MERGED: dict[str, Callable[[], Any]] = {
     **EXACT,
@@ -111,7 +113,7 @@ def test_reduces_where_a_backend_serves(
 
 
 def test_no_process_group() -> None:
-    observer = fed(Counts, 1)
+    observer = fed(counts, 1)
     before = state_bytes(observer)
     with pytest.raises(RuntimeError, match=r"expected an initialized process group .* got none"):
         sync(observer)
@@ -206,6 +208,16 @@ def test_merge_of_histograms() -> None:
             lambda: po.PerChannelMinMaxObserver(ch_axis=0),
             "expected .*axis 1.* got .*axis 0",
         ),
+        (
+            lambda: po.LogHistogramObserver(3),
+            lambda: po.LogHistogramObserver(4),
+            r"expected .*counts \(4084,\).* got .*counts \(8164,\)",
+        ),
+        (
+            lambda: po.PerBlockLogHistogramObserver((1, 1, 3), 0),
+            lambda: po.PerBlockLogHistogramObserver((7, 1, 1), 0),
+            r"expected .*each block of \(1, 1, 3\), got .*each block of \(7, 1, 1\)",
+        ),
     ],
 )
 def test_merge_of_different_observers(
@@ -219,13 +231,23 @@ def test_merge_of_different_observers(
     assert state_bytes(first) == before
 
 
-@pytest.mark.parametrize("make", [po.PerChannelMinMaxObserver, PerChannelCounts])
+@pytest.mark.parametrize("make", [po.PerChannelMinMaxObserver, per_channel_counts])
 def test_merge_of_other_numbers_of_channels(make: Callable[[], Any]) -> None:
     one, other = make(), make()
     one(torch.ones(3, 2))
     other(torch.ones(4, 2))
     before = state_bytes(one)
     with pytest.raises(ValueError, match=r"different observers: expected 3 channels, got 4$"):
+        one.merge(other)
+    assert state_bytes(one) == before
+
+
+def test_merge_of_other_grids_of_blocks() -> None:
+    one, other = (po.PerBlockLogHistogramObserver((1, 2), 0) for _ in range(2))
+    one(torch.ones(3, 4))
+    other(torch.ones(3, 6))
+    before = state_bytes(one)
+    with pytest.raises(ValueError, match=r"expected \(3, 2\) blocks, got \(3, 3\)$"):
         one.merge(other)
     assert state_bytes(one) == before
 

@@ -292,15 +292,18 @@ class UniformQuantizationObserverBase(ObserverBase):
         if not isinstance(other, UniformQuantizationObserverBase):
             raise TypeError(f"{owner}: other: expected an observer, got {type(other).__name__}")
         expected, got = merging.describe(self), merging.describe(other)
-        channels, others = merging.channels_of(self), merging.channels_of(other)
-        if expected == got and channels and others and channels != others:
-            expected, got = f"{channels} channels", f"{others}"
+        groups, others = merging.groups_of(self), merging.groups_of(other)
+        if expected == got and any(groups) and any(others) and groups != others:
+            of = "channels" if self.qscheme in PER_CHANNEL else "blocks"
+            expected, got = f"{merging.shown(groups)} {of}", merging.shown(others)
         if expected != got:
             raise ValueError(
                 f"{owner}: other: statistics of different observers: expected {expected}, got {got}"
             )
         device = self.nonfinite_count.device
-        merging.merge([[self], [other]], [channels or others], device, lambda *_: None)
+        merging.merge(
+            [[self], [other]], [groups if any(groups) else others], device, lambda *_: None
+        )
 
     def __add__(self, other: UniformQuantizationObserverBase) -> UniformQuantizationObserverBase:
         merged = copy.deepcopy(self)

@@ -99,36 +99,56 @@ _RULES = {
 _STAGES = (("min", torch.int32), ("sum", torch.int64), ("sum", torch.float64))
 
 
+def _group_dims(observer: Any) -> int:
+    """The first dimensions of the buffers, which may not be sized yet."""
+    if observer.qscheme in PER_CHANNEL:
+        return 1
+    return observer.min_val.dim() if hasattr(observer, "block_size") else 0
+
+
 def describe(observer: Any) -> str:
     """What two observers must have in common for their statistics to merge."""
-    channels = observer.qscheme in PER_CHANNEL  # the first dimension, which may not be sized yet
+    dims = _group_dims(observer)
     shapes = ", ".join(
-        f"{name} {tuple(observer._buffers[name].shape[int(channels) :])}"
-        for name in observer._merges
+        f"{name} {tuple(observer._buffers[name].shape[dims:])}" for name in observer._merges
     )
-    axis = f" of each channel along axis {observer.ch_axis}" if channels else ""
-    return f"{type(observer).__qualname__} with {shapes}{axis}"
+    of_each = ""
+    if observer.qscheme in PER_CHANNEL:
+        of_each = f" of each channel along axis {observer.ch_axis}"
+    elif dims:
+        of_each = f" of each block of {observer.block_size}"
+    return f"{type(observer).__qualname__} with {shapes}{of_each}"
 
 
-def channels_of(observer: Any) -> int:
-    """Channels of the state; 0 while it is unsized, and where it is per tensor."""
-    return len(observer.min_val) if observer.qscheme in PER_CHANNEL else 0
+def groups_of(observer: Any) -> tuple[int, ...]:
+    """Channels of the state, or its grid of blocks; zeros while it is unsized; () per tensor."""
+    if not _group_dims(observer):
+        return ()
+    shape = tuple(observer.min_val.shape)
+    return (0,) * len(getattr(observer, "block_size", shape)) if 0 in shape else shape
+
+
+def shown(groups: Sequence[int]) -> str:
+    return str(groups[0] if len(groups) == 1 else tuple(groups))
 
 
 def merge(
-    parts: Sequence[Sequence[Any]], channels: Sequence[int], device: torch.device, reduce: Reduce
+    parts: Sequence[Sequence[Any]],
+    groups: Sequence[tuple[int, ...]],
+    device: torch.device,
+    reduce: Reduce,
 ) -> None:
     """Merge parts, lists of like observers, one by one, into the first, in place.
 
     Args:
         parts: each observer described as its counterparts in the other parts are.
-        channels: of each observer, for those whose state is not sized yet.
+        groups: of each observer, for those whose state is not sized yet.
         device: where to reduce.
         reduce: called for what the parts came to together, the same number of times with tensors
             of the same sizes for the same observers. Nothing is written before the last call.
     """
-    states = [[_sized(*sized) for sized in zip(part, channels, strict=True)] for part in parts]
-    merged: list[State] = [{} for _ in channels]
+    states = [[_sized(*sized) for sized in zip(part, groups, strict=True)] for part in parts]
+    merged: list[State] = [{} for _ in groups]
     for stage in _STAGES:
         _merge_stage(stage, parts, states, merged, device, reduce)
     for observer, state in zip(parts[0], merged, strict=True):
@@ -136,13 +156,13 @@ def merge(
             _write(observer, name, value)
 
 
-def _sized(observer: Any, channels: int) -> State:
+def _sized(observer: Any, groups: tuple[int, ...]) -> State:
     """The buffers that merge; those that are not sized yet as if they were, and unfed."""
     state = {}
     for name in observer._merges:
         buffer = observer._buffers[name]
-        if buffer.dim() > 0 and len(buffer) == 0:
-            buffer = buffer.new_full((channels, *buffer.shape[1:]), _UNFED.get(name, 0))
+        if any(groups) and buffer.dim() > 0 and len(buffer) == 0:
+            buffer = buffer.new_full((*groups, *buffer.shape[1:]), _UNFED.get(name, 0))
         state[name] = buffer
     return state
 
