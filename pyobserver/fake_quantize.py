@@ -16,6 +16,7 @@ from .observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    PerBlockLogHistogramObserver,
     PerChannelMinMaxObserver,
     UniformQuantizationObserverBase,
     default_fixed_qparams_range_0to1_observer,
@@ -114,7 +115,8 @@ class FakeQuantize(FakeQuantizeBase):
 
     Args:
         observer: a class or factory of an observer: ours, torch.ao's or one with their interface
-            (for those the switch is read on the host).
+            (for those the switch is read on the host). Not one of blocks: there is one scale, or
+            one a channel.
         quant_min, quant_max: the integer range, handed to the observer.
         is_dynamic: handed to the observer.
         observer_kwargs: further arguments of the observer.
@@ -146,6 +148,11 @@ class FakeQuantize(FakeQuantizeBase):
             observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
         self.activation_post_process = observer(is_dynamic=is_dynamic, **observer_kwargs)
         watcher = self.activation_post_process
+        if isinstance(watcher, PerBlockLogHistogramObserver):
+            raise TypeError(
+                f"{type(self).__name__}: observer: expected one of a scale per tensor or channel, "
+                f"got {type(watcher).__name__}"
+            )
         check_qscheme(type(self).__name__, watcher.qscheme, PER_TENSOR + PER_CHANNEL)
         self.quant_min, self.quant_max = watcher.quant_min, watcher.quant_max
         self.is_dynamic = watcher.is_dynamic
