@@ -22,8 +22,8 @@ class _LogHistogramBase(HistogramObserverBase):
 
     counts: Tensor
     _merges: ClassVar[Mapping[str, str]] = {"min_val": "min", "max_val": "max", "counts": "sum"}
-    ch_axis: int | None
-    block_size: tuple[int, ...] | None
+    ch_axis: int  # of those per channel alone, as the frameworks ask by hasattr
+    block_size: tuple[int, ...]
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class _LogHistogramBase(HistogramObserverBase):
         self.register_buffer("counts", counts)
         self.register_buffer("min_val", torch.full(groups, torch.inf, device=device))
         self.register_buffer("max_val", torch.full(groups, -torch.inf, device=device))
+        self._group_dims = len(groups)
 
     def _register_nonfinite_count(self, device: Any) -> None:
         """None is needed: NaN and infinities have columns of their own."""
@@ -89,7 +90,7 @@ class _LogHistogramBase(HistogramObserverBase):
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
         own = self.__dict__  # an attribute of an nn.Module costs a tenth of the call
         buffers = own["_buffers"]
-        if buffers["min_val"].numel() == 0 and x.numel() > 0:
+        if buffers["min_val"].numel() == 0:
             self._observe_first(x, enabled)
             return
         log_histogram(
@@ -97,26 +98,28 @@ class _LogHistogramBase(HistogramObserverBase):
             buffers["counts"],
             buffers["min_val"],
             buffers["max_val"],
-            own["ch_axis"],
+            own.get("ch_axis"),
             own["nonfinite"],
             enabled,
-            own["block_size"],
+            own.get("block_size"),
         )
 
     def _observe_first(self, x: Tensor, enabled: Tensor | None) -> None:
         """Size the state of the groups, and keep that only where all goes well."""
+        _checks.check_input("log_histogram", "x", x)
+        if x.numel() == 0:
+            return
         unsized = self.counts, self.min_val, self.max_val
-        if self.block_size is not None:
-            _checks.check_block_size("log_histogram", x, None, self.block_size)
-            sizes = zip(x.shape, self.block_size, strict=True)
-            self._size(tuple(whole // size for whole, size in sizes))
-        elif self.ch_axis is not None:
-            self._size((x.shape[_checks.check_axis("log_histogram", x, self.ch_axis)],))
+        self._size(self._groups_of(x))
         try:
             self.observe(x, enabled)
         except Exception:
             self.counts, self.min_val, self.max_val = unsized
             raise
+
+    def _groups_of(self, x: Tensor) -> tuple[int, ...]:
+        """The groups that a tensor sizes the state to."""
+        return ()
 
     def _size(self, groups: tuple[int, ...]) -> None:
         """Fresh state of so many groups: ordinary tensors, also where inference mode is on."""
@@ -138,10 +141,19 @@ class _LogHistogramBase(HistogramObserverBase):
     ) -> None:
         # the buffers take the size of the saved ones, all or none
         saved = [state_dict.get(prefix + name) for name in ("counts", "min_val", "max_val")]
-        if None not in saved:
-            counts, low, high = (value.shape for value in saved if value is not None)
-            if low == high == counts[:-1] and len(low) > 0 and low != self.min_val.shape:
-                self._size(tuple(low))
+        shapes = [tuple(value.shape) for value in saved if value is not None]
+        own = [tuple(value.shape) for value in (self.counts, self.min_val, self.max_val)]
+        if len(shapes) == 3 and shapes != own:
+            counts, low, high = shapes
+            sized = len(low) == self._group_dims or (self._group_dims > 0 and low == (0,))
+            if not (sized and low == high == counts[:-1] and counts[-1:] == own[0][-1:]):
+                args[-1].append(
+                    f"size mismatch for {prefix}counts, min_val, max_val: expected those of "
+                    f"mantissa_bits {self.mantissa_bits}, as {', '.join(map(str, own))}, "
+                    f"got {', '.join(map(str, shapes))}"
+                )
+                return
+            self._size(low)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
@@ -187,7 +199,6 @@ class LogHistogramObserver(_LogHistogramBase):
             mantissa_bits, (), method, method_kwargs, scale_constraint, dtype, qscheme,
             reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs,
         )  # fmt: skip
-        self.ch_axis = self.block_size = None
 
 
 @offer_to_hosts
@@ -235,7 +246,9 @@ class PerChannelLogHistogramObserver(_LogHistogramBase):
             qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs,
         )  # fmt: skip
         self.ch_axis = ch_axis
-        self.block_size = None
+
+    def _groups_of(self, x: Tensor) -> tuple[int, ...]:
+        return (x.shape[_checks.check_axis("log_histogram", x, self.ch_axis)],)
 
 
 @offer_to_hosts
@@ -278,8 +291,12 @@ class PerBlockLogHistogramObserver(_LogHistogramBase):
             mantissa_bits, (0,), method, method_kwargs, scale_constraint, dtype, qscheme,
             reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic, **kwargs,
         )  # fmt: skip
-        self.ch_axis = None
         self.block_size = tuple(block_size)
+        self._group_dims = len(self.block_size)
+
+    def _groups_of(self, x: Tensor) -> tuple[int, ...]:
+        _checks.check_block_size("log_histogram", x, None, self.block_size)
+        return tuple(whole // size for whole, size in zip(x.shape, self.block_size, strict=True))
 
 
 @offer_to_hosts

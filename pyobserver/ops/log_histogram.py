@@ -20,9 +20,10 @@ _INFINITY = 0x7F800000  # the bits of a float32
 
 
 def _greatest_bin(mantissa_bits: int) -> int:
-    if not 0 <= mantissa_bits <= MOST_MANTISSA_BITS:
+    if not isinstance(mantissa_bits, int) or not 0 <= mantissa_bits <= MOST_MANTISSA_BITS:
         raise ValueError(
-            f"mantissa_bits: expected a value in [0, {MOST_MANTISSA_BITS}], got {mantissa_bits}"
+            f"mantissa_bits: expected an integer in [0, {MOST_MANTISSA_BITS}], "
+            f"got {mantissa_bits!r}"
         )
     return 255 << mantissa_bits
 
