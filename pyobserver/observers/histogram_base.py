@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -97,9 +97,10 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point by the observer's method, see the base class."""
-        if self.min_val.numel() == 0:
-            return super().calculate_qparams()
         self._warn_of_statistics(self.min_val, self.max_val)
+        if self.min_val.numel() == 0:
+            scale = self.min_val.new_ones(1)
+            return scale, torch.zeros_like(scale, dtype=torch.int64)
         return self._finished(*self._choose())
 
     def write_qparams(
@@ -133,6 +134,14 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
         return scale.reshape(shape), zero_point.reshape(shape)
 
 
+def _is_solved_by_its_method(observer: ObserverBase) -> TypeGuard[HistogramObserverBase]:
+    """Whether no subclass chooses in a way of its own."""
+    return isinstance(observer, HistogramObserverBase) and all(
+        getattr(type(observer), name) is getattr(HistogramObserverBase, name)
+        for name in ("calculate_qparams", "_choose", "_finished")
+    )
+
+
 def calculate_qparams(observers: Iterable[ObserverBase]) -> list[tuple[Tensor, Tensor]]:
     """``calculate_qparams`` of many observers, those of histograms together.
 
@@ -145,7 +154,7 @@ def calculate_qparams(observers: Iterable[ObserverBase]) -> list[tuple[Tensor, T
     found: list[tuple[Tensor, Tensor] | None] = []
     alike: dict[Any, list[tuple[int, HistogramObserverBase, ranges.Histogram]]] = {}
     for i, observer in enumerate(observers):
-        if isinstance(observer, HistogramObserverBase) and observer.min_val.numel() > 0:
+        if _is_solved_by_its_method(observer) and observer.min_val.numel() > 0:
             statistic, grid = observer.statistic(), observer._grid()
             options = tuple(sorted(observer._options().items()))
             kind = statistic.spacing, statistic.counts.shape[-1], statistic.counts.device
