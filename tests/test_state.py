@@ -244,6 +244,31 @@ def test_observer_state_dict() -> None:
     assert not {t.data_ptr() for t in state.values()} & {t.data_ptr() for t in target.buffers()}
 
 
+def test_observer_state_dict_of_log_histograms() -> None:
+    """The state is sized by what is loaded; what does not fit changes nothing."""
+
+    def model() -> nn.Module:
+        made = Model()
+        made.activation_post_process_0 = po.LogHistogramObserver(3)
+        rows = po.PerChannelLogHistogramObserver(1, 3)
+        made.second.add_module("activation_post_process", rows)
+        made.weight_fake_quant = po.FakeQuantize(po.PercentileObserver, mantissa_bits=3)
+        return made
+
+    source, target, other = model(), model(), model()
+    source(torch.randn(3, 4))
+    state = po.get_observer_state_dict(source)
+    assert sum(key.endswith("counts") for key in state) == 3
+    po.load_observer_state_dict(target, state)
+    for key, value in state.items():
+        assert_same(target.state_dict()[key], value)
+    other.activation_post_process_0 = po.LogHistogramObserver(4)
+    before = saved(other)
+    with pytest.raises(ValueError, match=r"activation_post_process_0.counts.*mantissa_bits 4"):
+        po.load_observer_state_dict(other, state)
+    assert_all_same(list(other.state_dict().values()), list(before.values()))
+
+
 def test_observer_state_dict_is_that_of_torch() -> None:
     model = fed_model()
     expected = ao_observer.get_observer_state_dict(model)

@@ -429,6 +429,33 @@ def test_fx_converts_to_the_same_model(activation: str, weight: str, to_referenc
     assert_same_model(ours, theirs)
 
 
+LOG_SETTINGS = {
+    "mse": OURS.MSEObserver,
+    "percentile": OURS.PercentileObserver.with_args(percentile=0.99, mantissa_bits=3),
+    "kl": OURS.KLObserver.with_args(bins=256, start_bin=64),
+    "linear": OURS.HistogramObserver.with_args(method="mse", bins=128),
+}
+
+
+@pytest.mark.parametrize("kind", LOG_SETTINGS)
+def test_fx_converts_what_log_histograms_chose(kind: str) -> None:
+    """They have no counterpart; the scales are those of the observers, and the model is close."""
+    weight = OURS.PerChannelLogHistogramObserver.with_args(mantissa_bits=3, **PER_CHANNEL)
+    prepared, converted = _fx(_mapping(OURS, LOG_SETTINGS[kind], weight))
+    observers = [m for m in watchers(prepared).values() if hasattr(m, "solve")]
+    assert len(observers) >= 5
+    assert not watchers(converted)
+    assert isinstance(converted.conv2, torch.ao.nn.quantized.Conv2d)
+    assert converted.conv2.weight().qscheme() == torch.per_channel_affine
+    scales = {float(m.calculate_qparams()[0]) for m in observers}
+    conv = converted.conv2
+    assert float(torch.tensor(conv.scale)) in scales
+    x = make_batches()[0]
+    with torch.no_grad():
+        expected = make_convnet()(x)
+        assert float((converted(x) - expected).abs().mean()) < 0.05
+
+
 def test_fx_reuses_the_observer_of_the_input() -> None:
     prepared, _ = _fx(_mapping(OURS, OURS.MinMaxObserver, OURS.default_weight_observer))
     (flatten,) = (n for n in prepared.graph.nodes if n.target is torch.flatten)

@@ -47,6 +47,13 @@ OBSERVERS = [
     "MovingAveragePerChannelMinMaxObserver",
     "PerChannelMinMaxObserver",
 ]
+WITHOUT_COUNTERPART = [
+    "KLObserver",
+    "LogHistogramObserver",
+    "MSEObserver",
+    "PerChannelLogHistogramObserver",
+    "PercentileObserver",
+]
 
 
 class SpecQuantizer(Quantizer):
@@ -218,7 +225,7 @@ def test_nothing_public_is_called_convert(name: str) -> None:
     assert not hasattr(PUBLIC_CLASSES[name], "convert")
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("name", [*OBSERVERS, *WITHOUT_COUNTERPART])
 def test_per_channel_classes_say_so(name: str) -> None:
     # prepare_pt2e drops ch_axis of the others
     parameters = inspect.signature(PUBLIC_CLASSES[name]).parameters
@@ -228,7 +235,10 @@ def test_per_channel_classes_say_so(name: str) -> None:
     assert hasattr(made, "convert") is False
 
 
-@pytest.mark.parametrize("name", [*OBSERVERS, "FakeQuantize", "FusedMovingAvgObsFakeQuantize"])
+@pytest.mark.parametrize(
+    "name",
+    [*OBSERVERS, *WITHOUT_COUNTERPART, "FakeQuantize", "FusedMovingAvgObsFakeQuantize"],
+)
 def test_every_field_of_a_spec_is_taken(name: str) -> None:
     channel = "PerChannel" in name
     values = {
@@ -339,6 +349,25 @@ def test_ptq_converts_to_the_same_model(activation: str, weight: str) -> None:
     assert_same_model(ours, theirs)
     with pytest.raises(AssertionError):
         assert_no_observer_left(prepared)
+
+
+@pytest.mark.parametrize("name", ["MSEObserver", "PercentileObserver", "KLObserver"])
+def test_ptq_converts_what_log_histograms_chose(name: str) -> None:
+    """They have no counterpart; the scales are those of the observers, and the model is close."""
+    activation = activation_spec(getattr(OURS, name).with_args(mantissa_bits=3))
+    weight = weight_spec(OURS.PerChannelLogHistogramObserver.with_args(mantissa_bits=3))
+    prepared, converted = ptq(SpecQuantizer(activation, weight))
+    assert_no_observer_left(converted)
+    chosen = [m.calculate_qparams() for m in ours_in(prepared) if hasattr(m, "solve")]
+    pairs = {(float(s), int(z)) for s, z in chosen if s.numel() == 1}
+    op = decomposed.quantize_per_tensor.default
+    nodes = [n for n in converted.graph.nodes if n.target is op]
+    found = {n.args[1:3] for n in nodes if n.args[1] != 1 / 256}  # the sigmoid's is fixed
+    assert len(found) >= 5
+    assert found <= pairs
+    x = make_batches()[0]
+    with torch.no_grad():
+        assert float((converted(x) - make_convnet()(x)).abs().mean()) < 0.05
 
 
 def test_the_axis_of_weights_survives() -> None:

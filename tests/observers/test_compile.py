@@ -23,12 +23,24 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "Histogram": lambda: po.HistogramObserver(bins=64),
     "Histogram_aligned": lambda: po.HistogramObserver(bins=64, combine="aligned"),
+    "Histogram_mse": lambda: po.HistogramObserver(bins=64, method="mse"),
+    "LogHistogram": lambda: po.LogHistogramObserver(3),
+    "LogHistogram_per_channel": lambda: po.PerChannelLogHistogramObserver(1, 3, num_channels=4),
     "FixedQParams": lambda: po.FixedQParamsObserver(0.1, 3),
     "Noop": po.NoopObserver,
     "Placeholder": po.PlaceholderObserver,
     "ReuseInput": po.ReuseInputObserver,
     "FakeQuantize": po.FakeQuantize,
     "FakeQuantize_histogram": lambda: po.FakeQuantize(po.HistogramObserver, bins=64),
+    "FakeQuantize_kl": lambda: po.FakeQuantize(po.KLObserver, bins=64, mantissa_bits=3),
+    "FakeQuantize_log_per_channel": lambda: po.FakeQuantize(
+        po.PerChannelLogHistogramObserver,
+        qscheme=torch.per_channel_symmetric,
+        dtype=torch.qint8,
+        ch_axis=1,
+        num_channels=4,
+        mantissa_bits=3,
+    ),
     "FakeQuantize_per_channel": lambda: po.FakeQuantize(
         po.MovingAveragePerChannelMinMaxObserver,
         dtype=torch.qint8,
@@ -151,7 +163,13 @@ def test_meta_device(name: str) -> None:
 
 
 def test_meta_construction() -> None:
-    for cls in (po.MinMaxObserver, po.HistogramObserver, po.PerChannelMinMaxObserver):
+    for cls in (
+        po.MinMaxObserver,
+        po.HistogramObserver,
+        po.LogHistogramObserver,
+        po.PerChannelLogHistogramObserver,
+        po.PerChannelMinMaxObserver,
+    ):
         module = cls(factory_kwargs={"device": "meta"})
         assert all(t.device.type == "meta" for t in module.buffers())
         module(torch.empty(3, 4, device="meta"))

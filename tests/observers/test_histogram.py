@@ -8,6 +8,7 @@ from ops.cases import DTYPES, assert_rejected, assert_same, not_dense_real_float
 from streams import SLOW_TO_SEARCH, streams
 
 from pyobserver import HistogramObserver
+from pyobserver.ranges import METHODS
 
 from .agreement import (
     PER_TENSOR_CONFIGS,
@@ -143,6 +144,34 @@ def test_calculate_qparams_changes_nothing() -> None:
     assert_same(first[0], ours.calculate_qparams()[0])
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_methods(method: str) -> None:
+    """The statistic is the same; of it the method is asked, with the levels of the grid."""
+    usual = HistogramObserver(bins=64)
+    options = {"stride": 3, "bins": 64, "start_bin": 8} if method == "kl" else {}
+    for qscheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        ours = HistogramObserver(
+            64, torch.int8, qscheme, quant_min=-8, quant_max=7, method=method, method_kwargs=options
+        )
+        for x in STREAMS["growing"]:
+            for observer in (ours, usual):
+                observer(x)
+        assert_same(ours.histogram, usual.histogram)
+        scale, zero_point = ours.calculate_qparams()
+        levels = {"levels": 256} if method == "l2_greedy" else {}  # torch's search
+        found = usual.solve(
+            method,
+            quant_min=-8,
+            quant_max=7,
+            symmetric=qscheme == torch.per_tensor_symmetric,
+            **options,
+            **levels,
+        )
+        assert_same(scale, found.scale.view(1))
+        assert_same(zero_point.long(), found.zero_point.view(1))
+        usual.reset_min_max_vals()
+
+
 def test_rejects_inputs() -> None:
     ours = HistogramObserver(bins=16)
     ours(torch.randn(3, 4))
@@ -156,6 +185,9 @@ def test_rejects_inputs() -> None:
     ("arguments", "error", "match"),
     [
         ({"bins": 1}, ValueError, "bins: expected an integer of at least 2, got 1"),
+        ({"method": "best"}, ValueError, "method: expected one of .* got 'best'"),
+        ({"method_kwargs": {"p": 2}}, TypeError, "p: expected one of the options .* got 2"),
+        ({"scale_constraint": "fp8"}, ValueError, "scale_constraint: expected .* got 'fp8'"),
         ({"combine": "sum"}, ValueError, "combine: expected one of .* got 'sum'"),
         ({"upsample_rate": 0}, ValueError, "upsample_rate: expected .* got 0"),
         ({"upsample_rate": 70000}, ValueError, "upsample_rate: expected .* got 70000"),
