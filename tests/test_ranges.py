@@ -25,6 +25,7 @@ BINS = 256
 SPACINGS = ("log", "linear")
 SCHEMES = {"affine": False, "symmetric": True}
 CONSTRAINTS = ("none", "power_of_two", "fp16", "e8m0")
+FAST = po.native_status.cpu  # the reference takes a second a search, and is given few
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -67,6 +68,7 @@ OTHERS: dict[str, Callable[[torch.Generator], Tensor]] = {
     "large": lambda g: _normal(g) * 1e30,
 }
 KINDS = {**SMOOTH, **OTHERS}
+USED = (*KINDS,) if FAST else ("laplace", "constant")
 
 
 @cache
@@ -94,7 +96,7 @@ def histogram_of(kind: str, spacing: str) -> Histogram:
 @cache
 def all_kinds(spacing: str) -> Histogram:
     """A row for each kind."""
-    return ranges.stack([histogram_of(kind, spacing) for kind in KINDS])
+    return ranges.stack([histogram_of(kind, spacing) for kind in USED])
 
 
 def options_of(method: str, bins: int = BINS) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def flat(solution: Solution) -> list[Tensor]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_grids(method: str, spacing: str, scheme: str) -> None:
     """The scale is one that is allowed, the zero point on the grid, zero exact."""
-    for bits in (2, 4, 8, 16):
+    for bits in (2, 4, 8, 16) if FAST else (4,):
         for constraint in CONSTRAINTS:
             grid = grid_of(bits, scheme, constraint)
             (found,) = solve_all([all_kinds(spacing)], method, grid, **options_of(method))
@@ -175,7 +177,7 @@ def test_the_next_power_of_two_clips_nothing(spacing: str, scheme: str) -> None:
             (usual,) = solve_all([all_kinds(spacing)], "minmax", grid_of(bits, scheme))
             assert (found.scale >= usual.scale).all()
             assert (found.scale < 2 * usual.scale).all()
-            for i, kind in enumerate(KINDS):
+            for i, kind in enumerate(USED):
                 levels = torch.round(data(kind).double() / found.scale[i]) + found.zero_point[i]
                 assert grid.quant_min - 1 <= levels.min(), (kind, bits)
                 assert levels.max() <= grid.quant_max + 1, (kind, bits)
@@ -184,7 +186,7 @@ def test_the_next_power_of_two_clips_nothing(spacing: str, scheme: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_errors_are_those_of_the_data(method: str, spacing: str) -> None:
-    for kind in SMOOTH:
+    for kind in SMOOTH if FAST else ("student",):
         x = data(kind)
         fine = log_of(x, 6) if spacing == "log" else linear_of(x, 2048)
         for bits in (3, 8):
@@ -219,7 +221,7 @@ def test_the_error_is_that_of_fake_quantize(spacing: str, scheme: str) -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_mse_errs_least(spacing: str, scheme: str) -> None:
     """Others may have a scale between those that are tried, which lie 0.4 to 0.8 % apart."""
-    for bits in (2, 8):
+    for bits in (2, 8) if FAST else (4,):
         for constraint in CONSTRAINTS:
             grid = grid_of(bits, scheme, constraint)
             (best,) = solve_all([all_kinds(spacing)], "mse", grid)
@@ -550,7 +552,7 @@ def mixed() -> list[Histogram]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_solve_all_is_solve_of_each(method: str, scheme: str) -> None:
-    for constraint in ("none", "fp16"):
+    for constraint in ("none", "fp16") if FAST else ("power_of_two",):
         grid = grid_of(4, scheme, constraint)
         options = options_of(method, 64)
         together = solve_all(mixed(), method, grid, **options)
@@ -597,11 +599,11 @@ def observers() -> dict[str, Any]:
     made = {
         "log": po.LogHistogramObserver(3),
         "channels": po.PerChannelLogHistogramObserver(0, 3),
-        "blocks": po.PerBlockLogHistogramObserver((50, 20), 3),
+        "blocks": po.PerBlockLogHistogramObserver((1, 200), 3),
         "linear": po.HistogramObserver(64),
     }
     for observer in made.values():
-        observer(data("normal")[:20_000].view(100, 200)[:, :60])
+        observer(data("normal")[:800].view(2, 400))
     return made
 
 
