@@ -789,7 +789,7 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "percentile_bool": ({"method": "percentile", "percentile": True}, ValueError, "got True"),
     "percentile_nan": ({"method": "percentile", "percentile": math.nan}, ValueError, "got nan"),
-    "p_0": ({"method": "lp", "p": 0}, ValueError, r"p: expected a number in \(0, 16\], got 0"),
+    "p_0": ({"method": "lp", "p": 0}, ValueError, r"p: expected a number in \(0, 6\], got 0"),
     "p_above": ({"method": "lp", "p": 17.0}, ValueError, r"p: .*, got 17.0"),
     "bins": ({"method": "kl", "bins": 1}, ValueError, r"bins: expected an integer in .*, got 1$"),
     "bins_float": ({"method": "kl", "bins": 64.0}, ValueError, r"bins: .*, got 64.0"),
