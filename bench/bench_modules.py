@@ -42,6 +42,8 @@ from .cases import (
 
 _MASK = 1 / 8  # bytes an element
 
+_FED = 20_000  # values of each of many observers
+
 Factory = Callable[[ModuleType], nn.Module]  # of the host that has the class
 
 
@@ -90,6 +92,29 @@ def _make_calculate_qparams(factory: Factory, size: int, device: str) -> dict[st
         return observer.calculate_qparams
 
     return contenders(device, bind(torch_ao), partial(bind, pyobserver))
+
+
+def _make_many(factory: Factory, observers: int, device: str) -> dict[str, Call]:
+    """The scales of many observers: in one call, and one by one."""
+    xs = [normal((_FED,), device) * (1 + i % 7) for i in range(observers)]
+
+    def fed(host: ModuleType) -> list[Any]:
+        found = [factory(host).to(device) for _ in xs]
+        for observer, x in zip(found, xs, strict=True):
+            observer(x)
+        return found
+
+    theirs = fed(torch_ao)
+
+    def reference() -> None:
+        for observer in theirs:
+            observer.calculate_qparams()
+
+    calls = contenders(
+        device, reference, lambda: partial(pyobserver.calculate_qparams, fed(pyobserver))
+    )
+    del calls["fallback"]
+    return calls
 
 
 def _make_bins(bins: int, device: str) -> dict[str, Call]:
@@ -170,6 +195,19 @@ CASES = [
         "LogHistogramObserver.calculate_qparams (mse)",
         partial(_make_calculate_qparams, _log_histogram),
         headline=True,
+    ),
+    *(
+        Case(
+            f"calculate_qparams of many {name}",
+            partial(_make_many, factory),
+            sizes=(200,),
+            unit="observers",
+            slow_fallback=True,
+        )
+        for name, factory in (
+            ("HistogramObservers", _histogram),
+            ("LogHistogramObservers (mse)", _log_histogram),
+        )
     ),
     _fake_quantize("FakeQuantize", _fake, headline=True),
     _autograd("FakeQuantize, forward and backward", _fake, headline=True),

@@ -41,6 +41,7 @@ class Case:
         growth: shows how the cost grows with ``sizes`` at ``GROWTH_ELEMENTS`` elements; the report
             has it in the section of its unit alone.
         headline: in the report's first table and in the picture.
+        slow_fallback: leave the fallback out: it would take minutes.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case:
     unit: str = "elements"
     growth: bool = False
     headline: bool = False
+    slow_fallback: bool = False
 
     def sizes_of(self, elements: tuple[int, ...], quick: bool) -> tuple[int | str, ...]:
         """What to run the case with: its own sizes, a quick growth at its ends, or ``elements``."""
@@ -86,6 +88,8 @@ def has_native(device: str) -> bool:
 def contender_names(case: Case, device: str) -> list[str]:
     """The keys of what the case makes."""
     names = ["reference", *OURS] if has_native(device) else ["reference", "fallback"]
+    if case.slow_fallback:
+        names.remove("fallback")
     return names if case.limit is None else [*names, case.limit]
 
 
