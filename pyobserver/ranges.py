@@ -261,7 +261,10 @@ def _linear_counts(histogram: Histogram, bins: int) -> Tensor:
     edges = Histogram(
         histogram.counts.new_empty((*histogram.counts.shape[:-1], bins)), *histogram[1:3], "linear"
     ).edges()
-    return _cumulative(histogram, edges.nan_to_num(0.0)).diff(dim=-1).contiguous()
+    upto = _cumulative(histogram, edges.nan_to_num(0.0))
+    counts = upto.diff(dim=-1).contiguous()
+    counts[..., 0] += upto[..., 0]  # values that are the least, and an edge
+    return counts
 
 
 def _constrained(scale: Tensor, constraint: str) -> Tensor:

@@ -391,6 +391,17 @@ def test_l2_greedy_searches_equal_bins() -> None:
         assert fewer.scale < linear.scale
 
 
+def test_l2_greedy_of_values_on_an_edge() -> None:
+    """The least value counts where it is the edge of its bin, too."""
+    least = -1.0625  # between the bins of -1 and -1.125
+    x = torch.cat([torch.full((20_000,), least), data("normal") * 0.01])
+    assert least in log_of(x, 3).edges()
+    found = solve(log_of(x, 3), "l2_greedy", bins=BINS)
+    usual = solve(linear_of(x), "l2_greedy")
+    assert float(found.min_val) == pytest.approx(least, rel=0.02)
+    assert float(found.scale) == pytest.approx(float(usual.scale), rel=0.02)
+
+
 # ---- percentile ----
 
 
