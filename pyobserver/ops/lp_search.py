@@ -249,6 +249,13 @@ def _unclipped_scale(goal: _Goal, negative: float, positive: float) -> float:
     return max(extreme / levels if levels else 0.0 for extreme, levels in sides)
 
 
+def _minmax_scale(goal: _Goal, negative: float, positive: float) -> float:
+    """The scale of the range of all values, as :func:`choose_qparams` has it."""
+    if goal.below is None:
+        return (negative + positive) / goal.above
+    return max(negative, positive) / ((goal.below + goal.above) / 2)
+
+
 def _scales(goal: _Goal, negative: float, positive: float) -> Tensor:
     """The scales to try, descending: from twice the one that clips nothing.
 
@@ -262,6 +269,8 @@ def _scales(goal: _Goal, negative: float, positive: float) -> Tensor:
         units = torch.arange(2**_SCALE_BITS, 2 ** (_SCALE_BITS + 1), dtype=torch.float64)
         tried = (tried.unsqueeze(1) * (units / 2**_SCALE_BITS)).reshape(-1)
     parts = [tried[tried >= top].min().reshape(1), tried[tried < top]]
+    if goal.constraint not in _POWERS:
+        parts.append(torch.tensor([_minmax_scale(goal, negative, positive)], dtype=torch.float64))
     for extreme, fixed in ((negative, goal.below), (positive, n)):
         if extreme == 0 or goal.constraint in _POWERS:
             continue
@@ -421,8 +430,9 @@ def lp_search(
     **What is searched.** Zero is always a level, so the levels of a scale are its multiples, and
     the zero point only splits the ``quant_max - quant_min`` steps between the two signs. Tried are
     the scales with 7 bits of mantissa (0.4 to 0.8 % apart), those that put the least or the
-    greatest value on a level, from twice the unclipped one downwards, and for each of them *every*
-    zero point. The result has the least error of all those ranges.
+    greatest value on a level, and that of the range of all values; from twice the one that clips
+    nothing downwards, and for each of them *every* zero point. The result has the least error of
+    all those ranges.
 
     **Why it is exact.** Given a scale, one level more on a side takes away
     ``2 s * sum(x - t for x > t)`` of its squared error, with t between the old and the new level:

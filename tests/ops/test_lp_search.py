@@ -170,13 +170,14 @@ def scales_of(
     low, high = -min(0.0, values.point.min()), max(0.0, values.point.max())
     if grid.zero_point is None:
         sides = [(side, level) for side in (low, high) for level in range(1, grid.steps + 1)]
-        unclipped = (low + high) / grid.steps
+        unclipped = of_minmax = (low + high) / grid.steps
     else:
         sides = [
             (low, grid.zero_point - grid.quant_min),
             (high, grid.quant_max - grid.zero_point),
         ]
         unclipped = max(side / level for side, level in sides if level)
+        of_minmax = max(low, high) / (grid.steps / 2)
     power = 2.0 ** (np.ceil(np.log2(max(low, high))) + 1 - np.arange(octaves))
     if constraint in ("power_of_two", "e8m0"):
         found = power
@@ -185,7 +186,9 @@ def scales_of(
     if least:  # half of a scale may be none: those in question start at twice the unclipped one
         found = found[found <= max(least, found[found >= 2 * unclipped].min())]
     if constraint not in ("power_of_two", "e8m0"):
-        found = np.concatenate([found, [side / level for side, level in sides if level]])
+        found = np.concatenate(
+            [found, [side / level for side, level in sides if level], [of_minmax]]
+        )
         found = found.astype(np.float16 if constraint == "fp16" else np.float32)
         if least:
             found = found[found <= max(least, 2 * unclipped * 1.01)]

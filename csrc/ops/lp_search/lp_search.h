@@ -15,9 +15,10 @@
 // found, no smaller scale is tried. So the answer is the least error of all scales tried with all
 // zero points.
 //
-// The scales tried: those of a mantissa of kScaleBits bits, and those that put the least or the
+// The scales tried: those of a mantissa of kScaleBits bits; those that put the least or the
 // greatest value seen on a level (at most 256 levels of each), which keeps a single outlier exact;
-// from twice the scale that clips nothing, above which half of a scale is never worse.
+// and that of the range of all values, as min/max chooses it. From twice the scale that clips
+// nothing, above which half of a scale is never worse.
 //
 // Counts lie evenly in their bins, the outermost of which end at the least and the greatest value
 // seen. Those are values by themselves: all of their bin if the next one inward is empty, or if

@@ -378,6 +378,11 @@ class Scales {
     }
     extremes_[0] = negative;
     extremes_[1] = positive;
+    const double steps = static_cast<double>(split ? n : goal.below + n);
+    extremes_[2] =
+        split ? (negative + positive) / steps : greatest_of(negative, positive) / (steps / 2.0);
+    level_[2] = is_power_of_two() ? 2 : 1;
+    last_level_[2] = 1;
     stride_ = split ? (n + kMostExtremes - 1) / kMostExtremes : 1;
     for (int side = 0; side < 2; ++side) {
       const int64_t fixed = side == 0 ? goal.below : n;
@@ -394,14 +399,14 @@ class Scales {
   bool next(float* scale) {
     while (!done_) {
       double value = units_ * unit_;
-      int from = 2;
-      for (int side = 0; side < 2; ++side) {
+      int from = kStreams;
+      for (int side = 0; side < kStreams; ++side) {
         if (level_[side] <= last_level_[side] && extremes_[side] / level_[side] >= value) {
           value = extremes_[side] / static_cast<double>(level_[side]);
           from = side;
         }
       }
-      if (from < 2) {
+      if (from < kStreams) {
         level_[from] += stride_;
       } else if (is_power_of_two() || --units_ < (1 << kScaleBits)) {
         units_ = is_power_of_two() ? 1 << kScaleBits : (2 << kScaleBits) - 1;
@@ -451,11 +456,13 @@ class Scales {
     return near >= value ? near : allowed(near + greatest_of(near * 0x3p-12, 0x3p-26));
   }
 
+  // beside the grid: the extremes over their levels, and the scale of min/max
+  static constexpr int kStreams = 3;
   LpGoal goal_;
   double least_, unit_, last_ = kInfinity;
   int units_;
-  double extremes_[2];
-  int64_t level_[2], last_level_[2], stride_;
+  double extremes_[kStreams];
+  int64_t level_[kStreams], last_level_[kStreams], stride_;
   bool done_ = false;
 };
 
