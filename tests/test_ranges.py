@@ -220,13 +220,17 @@ def test_the_error_is_that_of_fake_quantize(spacing: str, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_mse_errs_least(spacing: str, scheme: str) -> None:
-    """Others may have a scale between those that are tried, which lie 0.4 to 0.8 % apart."""
+    """Others may have a scale between those that are tried, which lie 0.4 to 0.8 % apart.
+
+    That of the range of all values is among those, up to its rounding.
+    """
     for bits in (2, 8) if FAST else (4,):
         for constraint in CONSTRAINTS:
             grid = grid_of(bits, scheme, constraint)
             (best,) = solve_all([all_kinds(spacing)], "mse", grid)
-            slack = 1 + (1e-2 if constraint in ("none", "fp16") else 1e-12)
             for method in METHODS:
+                between = constraint in ("none", "fp16")
+                slack = 1 + (1e-12 if not between else 1e-6 if method == "minmax" else 1e-2)
                 (other,) = solve_all([all_kinds(spacing)], method, grid, **options_of(method))
                 context = (bits, constraint, method, best, other)
                 assert (best.error <= slack * other.error + 1e-90).all(), context
