@@ -26,6 +26,11 @@ _HALF_MAX, _HALF_MIN = 65504.0, 2.0**-24
 LEAST_BITS, MOST_BITS = 2, 16
 
 
+def _shares(bins: int) -> Tensor:
+    """The ends of equal bins from 0 to 1: of the CPU, so that every device has the same."""
+    return torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")
+
+
 class Histogram(NamedTuple):
     """One histogram, or many of as many bins; the values of a bin lie evenly in it.
 
@@ -53,7 +58,9 @@ class Histogram(NamedTuple):
         bins = self.counts.shape[-1]
         if self.spacing == "log":
             return log_edges(mantissa_bits_of(bins + 3)).to(self.counts.device)
-        share = torch.linspace(0, 1, bins + 1, dtype=torch.float64).to(self.counts.device)
+        share = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu").to(
+            self.counts.device
+        )
         low, high = self.min_val.double().unsqueeze(-1), self.max_val.double().unsqueeze(-1)
         return low + (high - low) * share
 
@@ -85,7 +92,7 @@ class Histogram(NamedTuple):
                 return cls.log(counts, low, high)
             if (counts := state.get(prefix + "histogram")) is not None:
                 if low.numel() == 0:  # torch.ao's of before version 3, never fed
-                    low, high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+                    low, high = counts.new_tensor([torch.inf, -torch.inf]).float()
                 shape = counts.shape[:-1]
                 return cls(counts.double(), low.reshape(shape), high.reshape(shape), "linear")
         found = sorted({key.rpartition(".")[0] for key in state if key.endswith("min_val")})
@@ -140,7 +147,7 @@ class Grid(NamedTuple):
                 f"solve: bits: expected an integer in [{LEAST_BITS}, {MOST_BITS}], got {bits!r}"
             )
         _checks.check_choice("solve", "scale_constraint", scale_constraint, CONSTRAINTS)
-        least_scale = torch.tensor([eps], dtype=torch.float32)
+        least_scale = torch.tensor([eps], dtype=torch.float32, device="cpu")
         if not bool((least_scale > 0) & least_scale.isfinite()):
             raise ValueError(f"solve: eps: expected a positive finite float32, got {eps}")
         if (quant_min is None) != (quant_max is None):
@@ -370,7 +377,7 @@ def kl(
     one sign. Values that are all positive have all the levels of an affine grid.
     """
     wider = torch.maximum(-histogram.min_val, histogram.max_val).double().nan_to_num(0.0, 0.0, 0.0)
-    share = torch.linspace(0, 1, bins + 1, dtype=torch.float64).to(wider.device)
+    share = _shares(bins).to(wider.device)
     upto = _magnitudes(histogram, wider.unsqueeze(-1) * share)
     counts = upto.diff(dim=-1)
     counts[..., 0] += upto[..., 0]

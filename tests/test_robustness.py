@@ -10,7 +10,8 @@ import torch
 from backends import Backend
 
 import pyobserver
-from pyobserver import ops
+from pyobserver import ops, ranges
+from pyobserver.ops.log_histogram import _kept_edges
 
 INT32 = torch.int32
 
@@ -147,3 +148,32 @@ def test_scale_that_is_not_finite_is_not_applied() -> None:
         result.apply(model, inplace=True)
     assert not model[0]._forward_pre_hooks
     assert not torch.nn.utils.parametrize.is_parametrized(model[0])
+
+
+@pytest.mark.parametrize("method", ranges.METHODS)
+def test_scales_whatever_the_default_device_and_dtype(method: str) -> None:
+    """As set_default_device("cuda") asks of a model that is kept on the CPU, and the other way."""
+    observers = [pyobserver.LogHistogramObserver(), pyobserver.HistogramObserver()]
+    for observer in observers:
+        observer(torch.randn(99))
+    expected = [observer.solve(method) for observer in observers]
+    default = torch.get_default_dtype()
+    _kept_edges.cache_clear()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = [observer.solve(method) for observer in observers]
+    finally:
+        torch.set_default_dtype(default)
+    for got, wanted in zip(found, expected, strict=True):
+        for one, other in zip(got, wanted, strict=True):
+            assert torch.equal(one, other)
+            assert one.dtype == other.dtype
+
+
+def test_a_calibration_is_solved_on_the_cpu_whatever_the_default_device() -> None:
+    model = torch.nn.Linear(3, 3)
+    result = pyobserver.calibrate(model, [torch.randn(4, 3)], weight=None, progress=False)
+    with torch.device("meta"):
+        again = result.solve("mse")
+    assert again["input"].scale.device.type == "cpu"

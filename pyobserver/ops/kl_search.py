@@ -86,7 +86,7 @@ def _divergences(counts: Tensor, kept: Tensor, levels: int) -> Tensor:
 
     # the bins of linspace(0, kept, levels + 1); with more levels than bins each bin has its own
     step = kept.double() / kept.clamp(max=levels)
-    points = torch.arange(levels + 1, dtype=torch.float64)[:, None] * step
+    points = torch.arange(levels + 1, dtype=torch.float64, device="cpu")[:, None] * step
     edges = points.long()
     # rounded up; neither ceil nor indexing, which wait for threads at any size
     edges = torch.minimum(edges + (edges < points), kept)
@@ -117,7 +117,7 @@ def _search(counts: Tensor, num_levels: int, start_bin: int, stride: int) -> int
     if integers is None:
         return bins
     levels = min(num_levels, bins)
-    kept = torch.arange(min(start_bin, bins), bins + 1, min(stride, bins))
+    kept = torch.arange(min(start_bin, bins), bins + 1, min(stride, bins), device="cpu")
     parts = kept.split(max(1, _CHUNK // levels))
     divergences = torch.cat([_divergences(integers, part, levels) for part in parts])
     equal = divergences <= divergences.min() + _EQUAL_DIVERGENCE
@@ -133,7 +133,7 @@ def reference(
 ) -> Tensor:
     _check(counts, num_levels, start_bin, stride, enabled)
     bins = counts.shape[-1]
-    result = torch.full(counts.shape[:-1], bins, dtype=torch.int64)
+    result = torch.full(counts.shape[:-1], bins, dtype=torch.int64, device="cpu")
     if enabled is None or int(enabled) != 0:
         flat = result.view(-1)
         for i, histogram in enumerate(counts.detach().cpu().reshape(-1, bins)):

@@ -64,11 +64,13 @@ def log_edges(mantissa_bits: int) -> Tensor:
     Raises:
         ValueError: ``mantissa_bits`` outside [0, 10].
     """
-    return _edges(mantissa_bits) if is_compiling() else _kept_edges(mantissa_bits)
+    # what a mode of dispatch makes, as of fake tensors, is not for others to use
+    plain = not is_compiling() and type(torch.empty(0, device="cpu")) is Tensor
+    return _kept_edges(mantissa_bits) if plain else _edges(mantissa_bits)
 
 
 def _edges(mantissa_bits: int) -> Tensor:
-    bins = torch.arange(_greatest_bin(mantissa_bits) + 1)
+    bins = torch.arange(_greatest_bin(mantissa_bits) + 1, device="cpu")
     bits = (2 * bins + 1) << (22 - mantissa_bits)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     normal = ((exponent + (1023 - 127)) << 52 | mantissa << 29).view(torch.float64)
@@ -76,7 +78,10 @@ def _edges(mantissa_bits: int) -> Tensor:
     return torch.cat([-edges.flip(0), edges])
 
 
-_kept_edges = cache(_edges)
+@cache
+def _kept_edges(mantissa_bits: int) -> Tensor:
+    with torch.inference_mode(False):  # an ordinary tensor, whoever asks first
+        return _edges(mantissa_bits)
 
 
 def _check_rows(

@@ -103,6 +103,11 @@ def _check(
         _checks.check_same_device(op, counts, {"eps": eps})
 
 
+def _float64(values: Any) -> Tensor:
+    """On the CPU, whatever the default device."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
 class _Side:
     """The values of one sign by their magnitudes: cells of even density, and exact extremes."""
 
@@ -113,7 +118,7 @@ class _Side:
         order = torch.argsort(begin[kept])
         self.begin, self.end = begin[kept][order], end[kept][order]
         self.density = counts[kept][order] / (self.end - self.begin)
-        values = torch.tensor([point for point in points if min(point) > 0], dtype=torch.float64)
+        values = _float64([point for point in points if min(point) > 0])
         self.value, self.times = values.reshape(-1, 2).to(begin.device).unbind(1)
         mass = self.density * (self.end - self.begin)
         first = mass * (self.begin + self.end) / 2
@@ -229,7 +234,7 @@ def _least_scale(goal: _Goal) -> float:
     finest = _LEAST_SCALE[goal.constraint]
     if not goal.eps > 0:
         return finest
-    eps = torch.tensor(goal.eps, dtype=torch.float64)
+    eps = _float64(goal.eps)
     least = float(_allowed(eps, goal.constraint))
     if goal.constraint in _POWERS:
         mantissa, exponent = math.frexp(least)
@@ -264,21 +269,25 @@ def _scales(goal: _Goal, negative: float, positive: float) -> Tensor:
     n = goal.above
     top, least = 2 * _unclipped_scale(goal, negative, positive), _least_scale(goal)
     exponents = range(math.frexp(top)[1], min(math.frexp(top)[1], math.frexp(least)[1]) - 2, -1)
-    tried = torch.tensor([math.ldexp(1.0, e) for e in exponents], dtype=torch.float64)
+    tried = _float64([math.ldexp(1.0, e) for e in exponents])
     if goal.constraint not in _POWERS:
-        units = torch.arange(2**_SCALE_BITS, 2 ** (_SCALE_BITS + 1), dtype=torch.float64)
+        units = torch.arange(
+            2**_SCALE_BITS, 2 ** (_SCALE_BITS + 1), dtype=torch.float64, device="cpu"
+        )
         tried = (tried.unsqueeze(1) * (units / 2**_SCALE_BITS)).reshape(-1)
     parts = [tried[tried >= top].min().reshape(1), tried[tried < top]]
     if goal.constraint not in _POWERS:
-        parts.append(torch.tensor([_minmax_scale(goal, negative, positive)], dtype=torch.float64))
+        parts.append(_float64([_minmax_scale(goal, negative, positive)]))
     for extreme, fixed in ((negative, goal.below), (positive, n)):
         if extreme == 0 or goal.constraint in _POWERS:
             continue
         if goal.below is None:
             first, stride = max(1, math.ceil(extreme / top)), -(-n // _MOST_EXTREMES)
-            parts.append(extreme / torch.arange(first, n + 1, stride, dtype=torch.float64))
+            parts.append(
+                extreme / torch.arange(first, n + 1, stride, dtype=torch.float64, device="cpu")
+            )
         elif fixed:
-            parts.append(torch.tensor([extreme / fixed], dtype=torch.float64))
+            parts.append(_float64([extreme / fixed]))
     return _allowed(torch.cat(parts), goal.constraint).clamp(min=least).unique().flip(0)
 
 
@@ -339,7 +348,7 @@ def _errors(
 def _error_sums(
     negative: _Side, positive: _Side, scale: float, below: int, above: int, p: float
 ) -> tuple[float, float, float]:
-    columns = torch.tensor([[scale], [below], [above]], dtype=torch.float64).unbind()
+    columns = _float64([[scale], [below], [above]]).unbind()
     at = [column.reshape(1, 1).to(negative.begin.device) for column in columns]
     clipping, rounding = _errors(negative, positive, at[0], at[1], at[2], p)
     return float(clipping), float(rounding), float(negative.signal(p) + positive.signal(p))
@@ -389,7 +398,7 @@ def reference(
     for i, row, row_edges, low, high in _fed(counts, edges, min_val, max_val):
         scales[i], below, sums = _search(row, row_edges, low, high, goal)
         zeros[i] = quant_min + below
-        errors[i] = torch.tensor(sums, dtype=torch.float64) / float(row.sum())
+        errors[i] = _float64(sums) / float(row.sum())
     scale.copy_(scales.reshape(scale.shape))
     zero_point.copy_(zeros.reshape(zero_point.shape))
     error.copy_(errors.reshape(error.shape))
@@ -511,7 +520,7 @@ def reference_error(
             continue
         sides = _sides(row, row_edges, low, high)
         sums = _error_sums(*sides, s, zero - quant_min, quant_max - zero, p)
-        errors[i] = torch.tensor(sums, dtype=torch.float64) / float(row.sum())
+        errors[i] = _float64(sums) / float(row.sum())
     return errors.reshape(*counts.shape[:-1], 3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_left
 from functools import lru_cache
@@ -47,8 +48,10 @@ def _error(density: Tensor, bin_width: float, start: int, end: int, num_levels: 
     the first or last. In float32 element by element, as torch does it, and summed in float64.
     """
     level_width = bin_width * (end - start + 1) / num_levels
-    half = torch.tensor(level_width / 2, dtype=torch.float32)
-    begin = (torch.arange(density.numel()) - start) * bin_width
+    half = torch.tensor(level_width / 2, dtype=torch.float32, device="cpu")
+    begin = (
+        torch.arange(-start, density.numel() - start, dtype=torch.float32, device="cpu") * bin_width
+    )
     finish = begin + bin_width
     first = torch.div(begin, level_width, rounding_mode="floor").clamp(0, num_levels - 1)
     last = torch.div(finish, level_width, rounding_mode="floor").clamp(0, num_levels - 1)
@@ -73,12 +76,12 @@ def _search(counts: Tensor, low: float, high: float, num_levels: int) -> tuple[i
     bins = counts.numel()
     # scaling by a power of two changes no decision, and keeps the cubes inside float32
     width = (high - low) / bins
-    bin_width = torch.frexp(torch.tensor(width, dtype=torch.float64)).mantissa.item()
+    bin_width = math.frexp(width)[0]
     narrow = counts.float()
     density = narrow / bin_width
     cumulative = narrow.cumsum(0).tolist()
     total = float((narrow if bins <= _MOST_BINS_FOR_FLOAT32_SUM else counts).sum())
-    one = torch.zeros((), dtype=torch.float32)
+    one = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def quantile(share: float) -> float:  # compared as float32, as in torch
         return one.fill_(share * total).item()
@@ -126,7 +129,7 @@ def reference(
     bins = counts.shape[-1]
     lows, highs = min_val.detach().cpu().reshape(-1), max_val.detach().cpu().reshape(-1)
     starts, ends = torch.zeros_like(lows), torch.full_like(highs, bins)
-    searched = torch.zeros(lows.shape, dtype=torch.bool)
+    searched = torch.zeros(lows.shape, dtype=torch.bool, device="cpu")
     for i, histogram in enumerate(counts.detach().cpu().reshape(-1, bins)):
         low, high = float(lows[i]), float(highs[i])
         if (

@@ -47,7 +47,7 @@ class PackedHistogram(NamedTuple):
         )
 
     def unpacked(self) -> ranges.Histogram:
-        counts = torch.zeros(math.prod(self.shape), dtype=torch.float64)
+        counts = torch.zeros(math.prod(self.shape), dtype=torch.float64, device="cpu")
         counts[self.positions.long()] = self.counts
         return ranges.Histogram(
             counts.reshape(self.shape), self.min_val, self.max_val, self.spacing

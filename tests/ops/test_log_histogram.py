@@ -11,9 +11,11 @@ from backends import Backend
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pyobserver import ops
 from pyobserver.ops import log_columns, log_edges, log_histogram, mantissa_bits_of
+from pyobserver.ops.log_histogram import _kept_edges
 
 from .cases import (
     BLOCKED_SHAPES,
@@ -162,6 +164,25 @@ def test_edges(backend: Backend, bits: int) -> None:
 
 def test_edges_are_kept() -> None:
     assert log_edges(3) is log_edges(3)
+
+
+def test_edges_are_ordinary_whoever_asks_first() -> None:
+    """What is made under a mode or another default device is not kept for others."""
+    for context in (torch.device("meta"), FakeTensorMode(), torch.inference_mode()):
+        _kept_edges.cache_clear()
+        with context:
+            log_edges(3)
+        edges = log_edges(3)
+        assert type(edges) is torch.Tensor
+        assert edges.device.type == "cpu"
+        assert not edges.is_inference()
+        assert_same(edges, -edges.flip(0))
+
+
+def test_edges_of_a_mode_are_its_own() -> None:
+    log_edges(3)
+    with FakeTensorMode():
+        assert isinstance(log_edges(3), FakeTensor)
 
 
 def test_columns() -> None:
