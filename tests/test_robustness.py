@@ -177,3 +177,12 @@ def test_a_calibration_is_solved_on_the_cpu_whatever_the_default_device() -> Non
     with torch.device("meta"):
         again = result.solve("mse")
     assert again["input"].scale.device.type == "cpu"
+
+
+def test_a_site_s_histogram_is_a_copy() -> None:
+    model = torch.nn.Linear(3, 3)
+    result = pyobserver.calibrate(model, [torch.randn(4, 3)], weight=None, progress=False)
+    for value in result.histogram("input")[:3]:
+        value.fill_(9)
+    assert torch.equal(result.solve()["input"].scale, result["input"].scale)
+    assert float(result.histogram("input").counts.sum()) == 12

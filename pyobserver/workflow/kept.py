@@ -47,10 +47,11 @@ class PackedHistogram(NamedTuple):
         )
 
     def unpacked(self) -> ranges.Histogram:
+        """A copy: what is done to it changes nothing here."""
         counts = torch.zeros(math.prod(self.shape), dtype=torch.float64, device="cpu")
         counts[self.positions.long()] = self.counts
         return ranges.Histogram(
-            counts.reshape(self.shape), self.min_val, self.max_val, self.spacing
+            counts.reshape(self.shape), self.min_val.clone(), self.max_val.clone(), self.spacing
         )
 
     def expected_sqnr(
