@@ -465,7 +465,8 @@ def choose(
     options: Mapping[str, Any],
     enabled: Tensor | None = None,
 ) -> Choice:
-    """Scale (float32) and zero point (int64) by a method, shaped as ``min_val``; no device sync.
+    """Scale (float32) and zero point (int64) by a method, shaped as ``min_val``; decides nothing
+    on the host.
 
     A histogram that was never fed gets 1 and 0, one whose range is not finite what its range
     gives. With ``enabled`` 0 the search is left out, and the result means nothing.

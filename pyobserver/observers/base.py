@@ -173,6 +173,12 @@ class UniformQuantizationObserverBase(ObserverBase):
             "nonfinite_count", torch.zeros((), dtype=torch.int64, device=device), persistent=False
         )
 
+    def _register_range(self, groups: tuple[int, ...], device: Any) -> None:
+        """The buffers of a range for each group, which was never fed."""
+        for name, unfed in (("min_val", torch.inf), ("max_val", -torch.inf)):
+            range_end = torch.full(groups, unfed, dtype=torch.float32, device=device)
+            self.register_buffer(name, range_end)
+
     @property
     def _merges(self) -> Mapping[str, str]:
         return merging.RUNNING
@@ -214,8 +220,9 @@ class UniformQuantizationObserverBase(ObserverBase):
         device = min_val.device
         self._warn_of_statistics(min_val, max_val)
         if min_val.numel() == 0:
-            return torch.ones(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        scale = torch.empty(min_val.shape or (1,), device=device)
+            scale = torch.ones(1, dtype=torch.float32, device=device)
+            return scale, torch.zeros_like(scale, dtype=torch.int64)
+        scale = torch.empty(min_val.shape or (1,), dtype=torch.float32, device=device)
         dtypes = {"affine": torch.int32, "symmetric": torch.int64, "affine_float": torch.float32}
         zero_point = torch.empty_like(scale, dtype=dtypes[self._mapping])
         self._write_qparams(min_val, max_val, scale, zero_point, None)
@@ -285,8 +292,8 @@ class UniformQuantizationObserverBase(ObserverBase):
 
         Raises:
             TypeError: ``other`` is no observer of this kind.
-            ValueError: its class, bins, axis or number of channels is another. Either way the
-                statistics are as they were.
+            ValueError: its class, bins, axis or number of channels is another, or the two are
+                memoryless. Either way the statistics are as they were.
         """
         owner = f"{type(self).__name__}.merge"
         if not isinstance(other, UniformQuantizationObserverBase):
@@ -299,6 +306,10 @@ class UniformQuantizationObserverBase(ObserverBase):
         if expected != got:
             raise ValueError(
                 f"{owner}: other: statistics of different observers: expected {expected}, got {got}"
+            )
+        if not self._merges:
+            raise ValueError(
+                f"{owner}: other: expected observers of more than their last tensor, got {got}"
             )
         device = self.nonfinite_count.device
         merging.merge(

@@ -100,8 +100,7 @@ class HistogramObserver(HistogramObserverBase):
         self.dst_nbins = 2 ** torch.iinfo(dtype).bits
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
         self.register_buffer("histogram", torch.zeros(bins, dtype=torch.float64, device=device))
-        self.register_buffer("min_val", torch.tensor(torch.inf, device=device))
-        self.register_buffer("max_val", torch.tensor(-torch.inf, device=device))
+        self._register_range((), device)
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
         own = self.__dict__  # an attribute of an nn.Module costs a tenth of the call

@@ -85,8 +85,10 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
         if own and is_symmetric == symmetric_here:
             grid = grid._replace(zero_point=self._grid().zero_point)
         if not bool((self.min_val <= self.max_val).any()):
+            unfed = bool((self.min_val > self.max_val).all())
             raise ValueError(
-                f"{type(self).__name__}.solve: expected an observer that was fed, got no values"
+                f"{type(self).__name__}.solve: expected an observer that was fed, "
+                f"got {'no values' if unfed else 'a range that is NaN'}"
             )
         return ranges.solve_all([self.statistic()], method, grid, **options)[0]
 

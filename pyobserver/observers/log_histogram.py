@@ -71,8 +71,7 @@ class _LogHistogramBase(HistogramObserverBase):
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
         counts = torch.zeros((*groups, columns), dtype=torch.int64, device=device)
         self.register_buffer("counts", counts)
-        self.register_buffer("min_val", torch.full(groups, torch.inf, device=device))
-        self.register_buffer("max_val", torch.full(groups, -torch.inf, device=device))
+        self._register_range(groups, device)
         self._group_dims = len(groups)
 
     def _register_nonfinite_count(self, device: Any) -> None:
@@ -170,8 +169,8 @@ class LogHistogramObserver(_LogHistogramBase):
             bins is ``2**-mantissa_bits``. 7 tells all bfloat16 values apart.
         method, method_kwargs, scale_constraint: how ``calculate_qparams`` chooses, see
             :func:`pyobserver.ranges.solve`.
-        eps: the least scale; by default the least normal float32, so that data of any magnitude
-            has a scale of its own.
+        eps: the least scale; by default the least normal float32, so that data down to
+            magnitudes of 1e-36 has a scale of its own.
         Others: :class:`UniformQuantizationObserverBase`; qscheme is a per-tensor one.
 
     Buffers: ``counts``: int64 ``(columns,)``, see :func:`pyobserver.ops.log_histogram`;

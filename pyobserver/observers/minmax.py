@@ -164,8 +164,7 @@ class MinMaxObserver(_MinMaxBase):
         self._per_channel = False
         self._update = "memoryless" if memoryless else "running"
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
-        self.register_buffer("min_val", torch.tensor(torch.inf, device=device))
-        self.register_buffer("max_val", torch.tensor(-torch.inf, device=device))
+        self._register_range((), device)
 
 
 @offer_to_hosts
@@ -273,8 +272,7 @@ class PerChannelMinMaxObserver(_MinMaxBase):
             )
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
         size = (num_channels or 0,)
-        self.register_buffer("min_val", torch.full(size, torch.inf, device=device))
-        self.register_buffer("max_val", torch.full(size, -torch.inf, device=device))
+        self._register_range(size, device)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any

@@ -729,3 +729,29 @@ def test_fake_quantize_of_blocks_is_refused() -> None:
     ):
         with pytest.raises(TypeError, match=r"FakeQuantize: observer: expected .* per tensor or"):
             po.FakeQuantize(observer)
+
+
+def test_default_dtype_is_not_that_of_statistics() -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for kind in (po.LogHistogramObserver, po.MinMaxObserver, po.HistogramObserver):
+            observer = kind()
+            observer(torch.randn(100, dtype=torch.float32))
+            assert observer.min_val.dtype == torch.float32
+            assert observer.calculate_qparams()[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_a_nan_range_is_no_unfed_one() -> None:
+    observer = po.LogHistogramObserver(nonfinite="propagate")
+    observer(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(ValueError, match="got a range that is NaN"):
+        observer.solve()
+
+
+def test_memoryless_observers_have_nothing_to_merge() -> None:
+    a, b = po.MinMaxObserver(memoryless=True), po.MinMaxObserver(memoryless=True)
+    with pytest.raises(ValueError, match="more than their last tensor"):
+        a.merge(b)
