@@ -257,7 +257,7 @@ def _unclipped_scale(goal: _Goal, negative: float, positive: float) -> float:
 def _minmax_scale(goal: _Goal, negative: float, positive: float) -> float:
     """The scale of the range of all values, as :func:`choose_qparams` has it."""
     if goal.below is None:
-        return (negative + positive) / goal.above
+        return _unclipped_scale(goal, negative, positive)
     return max(negative, positive) / ((goal.below + goal.above) / 2)
 
 

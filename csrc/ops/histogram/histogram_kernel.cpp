@@ -1,6 +1,8 @@
 // CPU body of histogram, compiled once per instruction set.
 #include "histogram.h"
 
+#include "../../core/simd.h"
+
 namespace pyobserver::PYOBS_ISA {
 namespace {
 
@@ -74,20 +76,18 @@ void add(double* counts, const double* carried, const uint32_t* added, int64_t r
   }
 }
 
-// Eight sums in a fixed order, the same for every instruction set.
 double sum(const double* counts, int32_t bins) {
-  constexpr int32_t kLanes = 8;
-  double sums[kLanes] = {};
+  double sums[kSums] = {};
   int32_t i = 0;
-  for (; i + kLanes <= bins; i += kLanes) {
-    for (int32_t lane = 0; lane < kLanes; ++lane) {
+  for (; i + kSums <= bins; i += kSums) {
+    for (int lane = 0; lane < kSums; ++lane) {
       sums[lane] += counts[i + lane];
     }
   }
   for (; i < bins; ++i) {
     sums[0] += counts[i];
   }
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  return total_of(sums);
 }
 
 }  // namespace

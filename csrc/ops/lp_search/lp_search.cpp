@@ -8,6 +8,7 @@
 #include "../../core/check.h"
 #include "../../core/layout.h"
 #include "../../core/parallel.h"
+#include "../histogram/histogram.h"
 
 namespace pyobserver {
 namespace {
@@ -61,7 +62,7 @@ class Histograms {
                                        edges_ + (shared_edges_ ? 0 : i * (bins_ + 1)), bins_,
                                        lows_[i], highs_[i]};
         const bool fed = is_finite(lows_[i]) && is_finite(highs_[i]) && lows_[i] <= highs_[i];
-        body(i, histogram, fed ? lp_search_table().sum(histogram.counts, bins_) : 0.0,
+        body(i, histogram, fed ? histogram_table().sum(histogram.counts, bins_) : 0.0,
              &rooms[part * size]);
       }
     });

@@ -67,7 +67,6 @@ struct LpSearchTable {
   LpChoice (*search)(const LpHistogram& histogram, const LpGoal& goal, double* room);
   LpErrors (*errors)(const LpHistogram& histogram, double scale, int64_t below, int64_t above,
                      double p, double* room);
-  double (*sum)(const double* counts, int32_t bins);
 };
 
 PYOBS_KERNEL_TABLE(LpSearchTable, lp_search_table)

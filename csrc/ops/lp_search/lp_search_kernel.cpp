@@ -1,34 +1,17 @@
 // CPU body of lp_search, compiled once per instruction set.
 #include "lp_search.h"
 
+#include "../../core/simd.h"
+
 namespace pyobserver::PYOBS_ISA {
 namespace {
 
-constexpr int kLanes = 8;
 constexpr int kChunk = 128;
 constexpr double kInfinity = __builtin_huge_val();
 
 PYOBS_HD double least_of(double a, double b) { return a < b ? a : b; }
 PYOBS_HD double greatest_of(double a, double b) { return a > b ? a : b; }
 PYOBS_HD double nearest(double x) { return (x + 0x1.8p52) - 0x1.8p52; }  // ties to even
-
-PYOBS_HD double sum_lanes(const double* sums) {  // the same order for every instruction set
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
-
-double sum(const double* counts, int32_t bins) {
-  double sums[kLanes] = {};
-  int32_t i = 0;
-  for (; i + kLanes <= bins; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      sums[lane] += counts[i + lane];
-    }
-  }
-  for (; i < bins; ++i) {
-    sums[0] += counts[i];
-  }
-  return sum_lanes(sums);
-}
 
 // The values of one sign by their magnitudes, ascending: cells of even density, and the extremes.
 struct Side {
@@ -42,7 +25,7 @@ struct Side {
 struct Square {
   double power(double x) const { return x * x; }
   double integral(double x) const { return x * x * x / 3.0; }
-  static constexpr bool kSums = true;  // tails come from sums
+  static constexpr bool kMoments = true;  // tails come from moments
 };
 
 struct Power {
@@ -51,7 +34,7 @@ struct Power {
   double integral(double x) const {  // of |x|^p from 0
     return __builtin_copysign(__builtin_pow(__builtin_fabs(x), p + 1.0) / (p + 1.0), x);
   }
-  static constexpr bool kSums = false;
+  static constexpr bool kMoments = false;
   double p;
 };
 
@@ -95,7 +78,7 @@ Tail tail(const Side& side, double t) {
 // The sum of |x - level|^p over what lies above t.
 template <class Measure>
 double beyond(const Side& side, double t, double level, const Measure& measure) {
-  if constexpr (Measure::kSums) {
+  if constexpr (Measure::kMoments) {
     const Tail above = tail(side, t);
     const double error = above.square - 2.0 * level * above.sum + level * level * above.count;
     return greatest_of(error, 0.0);
@@ -120,14 +103,14 @@ double beyond(const Side& side, double t, double level, const Measure& measure) 
 template <class Measure>
 double gain(const Side& side, double b, double s, const Measure& measure) {
   const double t = (b + 0.5) * s;
-  if constexpr (Measure::kSums) {
+  if constexpr (Measure::kMoments) {
     const Tail above = tail(side, t);
     return above.sum - t * above.count;
   }
   return beyond(side, t, b * s, measure) - beyond(side, t, (b + 1.0) * s, measure);
 }
 
-// The sum of dist(x, s Z)^p over [0, t], for density 1: `whole` of each half step.
+// The integral of dist(x, s Z)^p from 0.
 struct Steps {
   double scale, per_scale, cube;
   void fill(const double* x, int32_t n, double* out, const Square&) const {
@@ -155,26 +138,26 @@ double within(const Side& side, double s, double t, double enough, const Measure
   const int32_t end = cell_at(side, t);
   const int32_t reached = cell_at(side, 0.5 * s);
   const int32_t begin = reached < end ? reached : end;
-  double sums[kLanes] = {side.below[begin]};
+  double sums[kSums] = {side.below[begin]};
   double integral[kChunk + 1];
   for (int32_t start = begin; start < end; start += kChunk) {
     const int32_t n = end - start < kChunk ? end - start : kChunk;
     steps.fill(side.edge + start, n + 1, integral, measure);
     const double* density = side.density + start;
     int32_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
+    for (; i + kSums <= n; i += kSums) {
+      for (int lane = 0; lane < kSums; ++lane) {
         sums[lane] += density[i + lane] * (integral[i + lane + 1] - integral[i + lane]);
       }
     }
     for (; i < n; ++i) {
       sums[0] += density[i] * (integral[i + 1] - integral[i]);
     }
-    if (sum_lanes(sums) > enough) {
-      return sum_lanes(sums);
+    if (total_of(sums) > enough) {
+      return total_of(sums);
     }
   }
-  double error = sum_lanes(sums);
+  double error = total_of(sums);
   if (end < side.size && side.edge[end] < t) {
     const double ends[2] = {side.edge[end], t};
     steps.fill(ends, 2, integral, measure);
@@ -362,7 +345,8 @@ class Scales {
   Scales(const LpGoal& goal, double negative, double positive) : goal_(goal) {
     const bool split = goal.below < 0;
     const int64_t n = goal.above;
-    const double top = 2.0 * unclipped_scale(goal, negative, positive);
+    const double unclipped = unclipped_scale(goal, negative, positive);
+    const double top = 2.0 * unclipped;
     const double finest = goal.constraint == Constraint::fp16   ? 0x1p-24
                           : goal.constraint == Constraint::e8m0 ? 0x1p-127
                                                                 : 0x1p-126;
@@ -378,9 +362,8 @@ class Scales {
     }
     extremes_[0] = negative;
     extremes_[1] = positive;
-    const double steps = static_cast<double>(split ? n : goal.below + n);
-    extremes_[2] =
-        split ? (negative + positive) / steps : greatest_of(negative, positive) / (steps / 2.0);
+    const double steps = static_cast<double>(goal.below + n);
+    extremes_[2] = split ? unclipped : greatest_of(negative, positive) / (steps / 2.0);
     level_[2] = is_power_of_two() ? 2 : 1;
     last_level_[2] = 1;
     stride_ = split ? (n + kMostExtremes - 1) / kMostExtremes : 1;
@@ -559,6 +542,6 @@ LpErrors errors(const LpHistogram& histogram, double scale, int64_t below, int64
 
 }  // namespace
 
-extern const LpSearchTable lp_search_table = {search, errors, sum};
+extern const LpSearchTable lp_search_table = {search, errors};
 
 }  // namespace pyobserver::PYOBS_ISA

@@ -1,11 +1,13 @@
 // CPU body of range_search, compiled once per instruction set.
 #include "range_search.h"
 
+#include "../../core/simd.h"
+
 namespace pyobserver::PYOBS_ISA {
 namespace {
 
 constexpr double kStep = 1e-5;
-constexpr int32_t kBlock = 8;
+constexpr int32_t kBlock = kSums;
 constexpr int32_t kChunk = 128;
 
 // The bins of all blocks of eight that hold counts, and their densities. The others add zeros.
@@ -60,8 +62,7 @@ void bin_errors(const int32_t* bins, const float* density, int32_t size, const E
 
 double sum_errors(const Occupied& occupied, BinSpan span, int64_t num_levels,
                   const ErrorParams& params) {
-  // eight sums in a fixed order, the same for every instruction set
-  double sums[kBlock] = {};
+  double sums[kSums] = {};
   float errors[kChunk];
   for (int32_t begin = 0; begin < occupied.size; begin += kChunk) {
     const int32_t size = occupied.size - begin < kChunk ? occupied.size - begin : kChunk;
@@ -82,7 +83,7 @@ double sum_errors(const Occupied& occupied, BinSpan span, int64_t num_levels,
       }
     }
   }
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  return total_of(sums);
 }
 
 double total_error(const Occupied& occupied, double bin_width, BinSpan span, int64_t num_levels) {
