@@ -212,9 +212,8 @@ Range = tuple[Tensor, Tensor]
 Choice = tuple[Tensor, Tensor]
 
 
-def _cumulative(histogram: Histogram, at: Tensor, inclusive: bool = True) -> Tensor:
+def _cumulative(counts: Tensor, edges: Tensor, at: Tensor, inclusive: bool = True) -> Tensor:
     """How many values lie below each of ``at`` ``(..., n)``, or not above them."""
-    edges, counts = _clamped_edges(histogram), histogram.counts
     before = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
     bin_of = torch.searchsorted(edges, at.contiguous(), right=inclusive) - 1
     bin_of = bin_of.clamp(0, counts.shape[-1] - 1)
@@ -243,9 +242,17 @@ def _quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:
     return (begin + (end - begin) * rest.clamp(0, 1)).squeeze(-1)
 
 
-def _magnitudes(histogram: Histogram, at: Tensor) -> Tensor:
-    """How many values have a magnitude of at most each of ``at`` ``(..., n)``."""
-    return _cumulative(histogram, at) - _cumulative(histogram, -at, inclusive=False)
+def _between(upto: Tensor) -> Tensor:
+    """The counts of bins, of how many values lie up to their ends: the first begins at its own."""
+    counts = upto.diff(dim=-1).contiguous()
+    counts[..., 0] += upto[..., 0]  # values that are the least, and an edge
+    return counts
+
+
+def _magnitude_counts(counts: Tensor, edges: Tensor, bounds: Tensor) -> Tensor:
+    """The counts of the magnitudes between bounds ``(..., n + 1)``, those up to the first in it."""
+    below = _cumulative(counts, edges, -bounds, inclusive=False)
+    return _between(_cumulative(counts, edges, bounds) - below)
 
 
 def _within(histogram: Histogram, bound: Tensor) -> Range:
@@ -268,10 +275,8 @@ def _linear_counts(histogram: Histogram, bins: int) -> Tensor:
     edges = Histogram(
         histogram.counts.new_empty((*histogram.counts.shape[:-1], bins)), *histogram[1:3], "linear"
     ).edges()
-    upto = _cumulative(histogram, edges.nan_to_num(0.0))
-    counts = upto.diff(dim=-1).contiguous()
-    counts[..., 0] += upto[..., 0]  # values that are the least, and an edge
-    return counts
+    at = edges.nan_to_num(0.0)
+    return _between(_cumulative(histogram.counts, _clamped_edges(histogram), at))
 
 
 def _constrained(scale: Tensor, constraint: str) -> Tensor:
@@ -327,9 +332,7 @@ def percentile(
     edges = _clamped_edges(histogram)
     if grid.zero_point is not None:
         bounds = edges.abs().sort(-1).values
-        upto = _magnitudes(histogram, bounds)
-        counts = upto.diff(dim=-1)
-        counts[..., 0] += upto[..., 0]
+        counts = _magnitude_counts(histogram.counts, edges, bounds)
         return _of_range(*_within(histogram, _quantile(counts, bounds, percentile)), grid)
     cut = (1 - percentile) / 2
     ends = (_quantile(histogram.counts, edges, share) for share in (cut, 1 - cut))
@@ -377,10 +380,8 @@ def kl(
     one sign. Values that are all positive have all the levels of an affine grid.
     """
     wider = torch.maximum(-histogram.min_val, histogram.max_val).double().nan_to_num(0.0, 0.0, 0.0)
-    share = _shares(bins).to(wider.device)
-    upto = _magnitudes(histogram, wider.unsqueeze(-1) * share)
-    counts = upto.diff(dim=-1)
-    counts[..., 0] += upto[..., 0]
+    bounds = wider.unsqueeze(-1) * _shares(bins).to(wider.device)
+    counts = _magnitude_counts(histogram.counts, _clamped_edges(histogram), bounds)
     levels = grid.quant_max - grid.quant_min + 1
     # which levels a histogram has is known on its device alone: a search nobody needs is off
     one_sided = (histogram.min_val >= 0) | (histogram.max_val <= 0)
