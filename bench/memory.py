@@ -30,7 +30,8 @@ def traced() -> Iterator[None]:
     """Make resident memory follow what is allocated; raises OSError where that cannot be had.
 
     Malloc's settings stay: enter it before :func:`bench.timing.keep_memory_warm`, which sets its
-    own, not after.
+    own, not after; and early in a process, before its heap has holes, from which large blocks would
+    be taken and to which they would return unseen.
     """
     libc = ctypes.CDLL(None)
     if not (sys.platform.startswith("linux") and hasattr(libc, "mallopt")):
