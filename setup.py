@@ -1,8 +1,8 @@
 """Drives CMake from pip. What is built, and how, is said in CMakeLists.txt; torch is not imported.
 
 Environment: PYOBSERVER_NATIVE=0 installs the pure-PyTorch package, =require makes a missing
-compiler an error; PYOBSERVER_CUDA=auto|0|1; PYOBSERVER_WERROR=1; PYOBSERVER_BUILD_DIR; MAX_JOBS;
-CMAKE_ARGS for anything else.
+compiler an error; PYOBSERVER_CUDA=auto|0|1; PYOBSERVER_CUDA_ON_HOST=1 (for tests);
+PYOBSERVER_WERROR=1; PYOBSERVER_BUILD_DIR; MAX_JOBS; CMAKE_ARGS for anything else.
 """
 
 import importlib.util
@@ -91,6 +91,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPYOBSERVER_CUDA={os.environ.get('PYOBSERVER_CUDA', 'auto')}",
+            f"-DPYOBSERVER_CUDA_ON_HOST={os.environ.get('PYOBSERVER_CUDA_ON_HOST', '0')}",
             f"-DPYOBSERVER_WERROR={os.environ.get('PYOBSERVER_WERROR', '0')}",
             "-DPYOBSERVER_SANITIZE=",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),

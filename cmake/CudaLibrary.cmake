@@ -15,7 +15,7 @@ endif()
 
 if(cuda_wanted)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90)  # and PTX for what comes after
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)  # and PTX for what comes after
   endif()
   enable_language(CUDA)
   set(CMAKE_CUDA_STANDARD ${CMAKE_CXX_STANDARD})

@@ -1,15 +1,25 @@
-"""The kernels that a case is run over: the reference, each CPU ISA of this machine, CUDA."""
+"""The kernels that a case is run over: the reference, each CPU ISA of this machine, CUDA.
+
+The CUDA kernels run on a GPU, and where they were built for it (``PYOBSERVER_CUDA_ON_HOST=1`` at
+the build) on a device in software too, on tensors of the CPU.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import pyobserver
+from bench.fallback import rebound, registered
 from pyobserver._checks import NONFINITE
 from pyobserver.ops.choose_qparams import MAPPINGS
 from pyobserver.ops.histogram import COMBINES
@@ -45,19 +55,51 @@ def coded(arg: Any) -> Any:
     return _CODES[arg] if isinstance(arg, str) else arg
 
 
+class CudaOnHost:
+    """The CUDA kernels on a device in software, and what it was asked to do so far."""
+
+    def __init__(self, library: Path) -> None:
+        torch.ops.load_library(str(library))
+        self._library = ctypes.CDLL(str(library))
+        self.ops = registered("pyobserver_cuda_on_host")
+
+    def counts(self) -> dict[str, int]:
+        """How many kernels were launched, memories set, and streams waited for."""
+        names = ("launches", "memsets", "syncs")
+        return {name: getattr(self._library, f"cuda_on_host_{name}")() for name in names}
+
+
+@cache
+def cuda_on_host() -> CudaOnHost | None:
+    """None where it was not built."""
+    root = Path(__file__).parents[1]
+    built = f"build/cmake-{sys.implementation.cache_tag}-*/tests/cuda_on_host/*_cuda_on_host.so"
+    libraries = sorted(root.glob(built))
+    return CudaOnHost(libraries[0]) if libraries and pyobserver.native_status.cpu else None
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op; ``select`` makes it the one that the dispatcher takes."""
+    """One way to run an op; within ``selected`` it is the one that everything takes.
+
+    Attributes:
+        device: where the tensors lie.
+        isa: of the CPU kernels; None of others.
+        cuda: the kernels are those of CUDA, on a GPU or not.
+    """
 
     name: str
     device: str = "cpu"
     isa: str | None = None
+    cuda: bool = False
 
     def op(self, name: str) -> Callable[..., Any]:
         """The kernel of an op, called with its arguments, modes by their names."""
         if self.name == "reference":
             module, function = _REFERENCES[name]
             kernel = getattr(importlib.import_module(f"pyobserver.ops.{module}"), function)
+        elif self.name == "cuda-on-host":
+            kernel = getattr(torch.ops.pyobserver_cuda_on_host, name).default
         else:
             kernel = getattr(torch.ops.pyobserver, name).default
 
@@ -66,9 +108,23 @@ class Backend:
 
         return call
 
-    def select(self) -> None:
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        if self.name == "cuda-on-host":
+            found = cuda_on_host()
+            assert found is not None
+            with rebound(found.ops):
+                yield
+            return
+        build = pyobserver.native_status.build
+        before = None if build is None else build.cpu_isa()
         if self.isa is not None:
-            pyobserver.native_status.build.set_cpu_isa(self.isa)
+            build.set_cpu_isa(self.isa)
+        try:
+            yield
+        finally:
+            if before is not None:
+                build.set_cpu_isa(before)
 
     def __str__(self) -> str:
         return self.name
@@ -80,6 +136,8 @@ def backends() -> list[Backend]:
     status = pyobserver.native_status
     if status.cpu:
         found += [Backend(f"cpu-{isa}", isa=isa) for isa in status.build.cpu_isas()]
+    if cuda_on_host() is not None:
+        found.append(Backend("cuda-on-host", cuda=True))
     if torch.cuda.is_available():
-        found.append(Backend("cuda", device="cuda"))
+        found.append(Backend("cuda", device="cuda", cuda=True))
     return found

@@ -101,6 +101,9 @@ class Layout {
   // The axes over the pieces, outer to inner; their strides mean nothing.
   const Axis* over() const { return over_; }
   int over_count() const { return over_count_; }
+  // The axes that the walk goes along, outer to inner, where it is not that of memory.
+  const Axis* walk() const { return walk_; }
+  int walk_count() const { return walk_count_; }
 
   // Calls body(data, first, count, offset, base) for the elements [first, first + count) of the
   // walk, which cover [begin, end) in order: data points to the first of them, all in a row; it is

@@ -289,9 +289,8 @@ WORK: dict[str, Work] = {
 
 def results(backend: Backend, name: str, dtype: torch.dtype, count: int) -> list[bytes]:
     """The bytes of all outputs and states, each in the order of its memory."""
-    backend.select()
     x = values(dtype, special=name not in SEARCHES)
-    with threads(count):
+    with backend.selected(), threads(count):
         found = WORK[name](backend.op, x)
     flat = [t.as_strided((t.numel(),), (1,)) for t in found]
     return [t.view(torch.uint8).numpy().tobytes() for t in flat]

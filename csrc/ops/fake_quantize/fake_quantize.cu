@@ -1,84 +1,37 @@
 // CUDA kernels and glue of fake_quantize: the formulas of fake_quantize.h, a warp's ballot for the
 // mask. Scales are read on the device; nothing is read back.
-#include <cuda_runtime.h>
-
 #include <optional>
 
 #include "../../core/cuda.h"
+#include "../../core/device_layout.cuh"
 #include "fake_quantize_glue.h"
 
 namespace pyobserver {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 16;
 
-// The parameters as they lie on the device, and which of them an element has.
+// The parameters as they lie on the device.
 struct DeviceParams {
-  static constexpr int kMostAxes = 16;  // over the pieces: more than any grid of blocks has
   const float* scale;
   const void* zero_point;
   ZeroPointType type;
-  const void* enabled;  // may be null
-  bool enabled_is_int64;
-  int64_t inner, channels, piece;
-  int over_count;
-  int64_t over_size[kMostAxes], over_group[kMostAxes];
+  DeviceSwitch enabled;
 };
-
-DeviceParams device_params(const FakeQuantizeArgs& args, const Layout& layout) {
-  DeviceParams params;
-  params.scale = const_data<float>(args.scale);
-  params.zero_point = args.zero_point.const_data_ptr();
-  params.type = zero_point_type(args.zero_point);
-  params.enabled = args.enabled.has_value() ? args.enabled->const_data_ptr() : nullptr;
-  params.enabled_is_int64 = args.enabled.has_value() && dtype_of(*args.enabled) == ScalarType::Long;
-  params.inner = layout.inner;
-  params.channels = layout.channels;
-  params.piece = layout.piece;
-  params.over_count = layout.over_count();
-  check(params.over_count <= DeviceParams::kMostAxes, kFakeQuantize,
-        ": block_size: expected blocks over fewer dimensions");
-  for (int i = 0; i < params.over_count; ++i) {
-    params.over_size[i] = layout.over()[i].size;
-    params.over_group[i] = layout.over()[i].group;
-  }
-  return params;
-}
-
-__device__ int64_t group_of(const DeviceParams& p, int64_t i) {
-  if (p.channels == 1 && p.over_count == 0) {
-    return 0;
-  }
-  int64_t group = i % p.piece / p.inner % p.channels;
-  int64_t index = i / p.piece;
-  for (int axis = p.over_count - 1; axis >= 0; --axis) {
-    group += index % p.over_size[axis] * p.over_group[axis];
-    index /= p.over_size[axis];
-  }
-  return group;
-}
-
-__device__ bool switched_off(const DeviceParams& p) {
-  if (p.enabled == nullptr) {
-    return false;
-  }
-  return p.enabled_is_int64 ? *static_cast<const int64_t*>(p.enabled) == 0
-                            : *static_cast<const uint8_t*>(p.enabled) == 0;
-}
 
 // y may be x: each thread reads what it writes.
 template <class T>
 __global__ void forward_kernel(const T* x, T* y, uint8_t* __restrict__ mask, int64_t n,
-                               DeviceParams params, QuantGrid grid) {
-  const bool off = switched_off(params);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+                               DeviceParams params, DeviceLayout layout, QuantGrid grid) {
+  const bool off = is_off(params.enabled);
+  const int64_t step = threads_of_grid();
   // whole warps, so that every ballot has all its lanes
   const int64_t rounded = (n + 31) / 32 * 32;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < rounded;
-       i += step) {
+  for (int64_t i = thread_of_grid(); i < rounded; i += step) {
     bool inside = false;
     if (i < n) {
-      const int64_t group = group_of(params, i);
+      const int64_t group = group_of(layout, i);
       const float scale = params.scale[group];
       const double zero_point = read_zero_point(params.zero_point, params.type, group);
       const auto q =
@@ -97,7 +50,7 @@ __global__ void forward_kernel(const T* x, T* y, uint8_t* __restrict__ mask, int
       inside |= off;
     }
     if (mask != nullptr) {
-      const uint32_t bits = __ballot_sync(0xffffffffu, inside);
+      const uint32_t bits = __ballot_sync(kAllLanes, inside);
       const int64_t word = i / 32;
       if ((threadIdx.x & 31) == 0) {
         if (word * 32 + 32 <= n) {
@@ -115,8 +68,7 @@ __global__ void forward_kernel(const T* x, T* y, uint8_t* __restrict__ mask, int
 template <class T>
 __global__ void backward_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ mask,
                                 T* __restrict__ out, int64_t n) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += step) {
+  for (int64_t i = thread_of_grid(); i < n; i += threads_of_grid()) {
     store(static_cast<double>(widen(grad[i]) * static_cast<float>((mask[i / 8] >> (i % 8)) & 1)),
           &out[i]);
   }
@@ -128,7 +80,7 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
   const DType dtype = input_dtype(op, "x", args.x);
   check_grid_params(op, args.x, args.scale, args.zero_point, args.quant_min, args.quant_max,
                     args.grouping);
-  check_switch(op, "enabled", args.enabled, args.x);
+  const DeviceSwitch enabled = device_switch(op, "enabled", args.enabled, args.x);
   const int64_t n = args.x.numel();
   const bool dense = n > 0 && Layout::of_output(args.x, {}).dense;
   if (args.out != nullptr) {
@@ -139,18 +91,20 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
     return y;
   }
   const Tensor x = dense ? args.x : torch::stable::contiguous(args.x);
-  const DeviceParams params = device_params(args, Layout::of_output(x, args.grouping));
+  const DeviceLayout layout = device_layout(op, Layout::of_output(x, args.grouping));
+  const DeviceParams params = {const_data<float>(args.scale), args.zero_point.const_data_ptr(),
+                               zero_point_type(args.zero_point), enabled};
   const bool per_group = args.grouping.axis >= 0 || args.grouping.block_size != nullptr;
   const QuantGrid grid = quant_grid(dtype, args.quant_min, args.quant_max, per_group,
                                     params.type == ZeroPointType::float32);
-  const CudaLaunch launch(x, n, kThreads);
+  const CudaContext cuda(op, x);
+  const unsigned blocks = cuda.blocks(n, kThreads, kBlocksPerMultiprocessor);
   void* to = y.mutable_data_ptr();
   dispatch(dtype, x.const_data_ptr(), [&](const auto* from) {
     using T = typename Pointee<decltype(from)>::type;
-    forward_kernel<T><<<launch.blocks, kThreads, 0, launch.stream>>>(from, static_cast<T*>(to),
-                                                                     args.mask, n, params, grid);
+    cuda.launch(forward_kernel<T>, blocks, kThreads, 0, from, static_cast<T*>(to), args.mask, n,
+                params, layout, grid);
   });
-  check_launch(op);
   return y;
 }
 
@@ -164,15 +118,14 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
   if (n == 0) {
     return out;
   }
-  const CudaLaunch launch(grad, n, kThreads);
+  const CudaContext cuda(kFakeQuantizeBackward, grad);
+  const unsigned blocks = cuda.blocks(n, kThreads, kBlocksPerMultiprocessor);
   void* to = out.mutable_data_ptr();
   const uint8_t* bits = const_data<uint8_t>(mask);
   dispatch(dtype, grad.const_data_ptr(), [&](const auto* from) {
     using T = typename Pointee<decltype(from)>::type;
-    backward_kernel<T>
-        <<<launch.blocks, kThreads, 0, launch.stream>>>(from, bits, static_cast<T*>(to), n);
+    cuda.launch(backward_kernel<T>, blocks, kThreads, 0, from, bits, static_cast<T*>(to), n);
   });
-  check_launch(kFakeQuantizeBackward);
   return out;
 }
 

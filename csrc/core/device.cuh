@@ -1,0 +1,106 @@
+// What the CUDA kernels share: wide loads, reductions of warps and blocks, the last block of a
+// grid.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "dtype.h"
+
+#define PYOBS_DEVICE static __device__ __forceinline__
+
+#if !defined(PYOBS_DYNAMIC_SHARED)
+// The dynamic shared memory of the launch, 16-byte aligned.
+#define PYOBS_DYNAMIC_SHARED(T, name)                           \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  T* name = reinterpret_cast<T*>(name##_bytes)
+#endif
+
+namespace pyobserver {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int kMostWarps = 32;  // of a block
+
+// 16 bytes, which a thread loads and stores at once.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T values[size];
+};
+
+PYOBS_HD bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+PYOBS_DEVICE int64_t thread_of_grid() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+PYOBS_DEVICE int64_t threads_of_grid() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// op is commutative and associative; every lane gets the result.
+template <class T, class Op>
+PYOBS_DEVICE T reduce_warp(T value, const Op& op) {
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) {
+    value = op(value, __shfl_xor_sync(kAllLanes, value, bits));
+  }
+  return value;
+}
+
+// Of a block of whole warps, all of whose threads call it; every thread gets the result.
+template <class T, class Op>
+PYOBS_DEVICE T reduce_block(T value, T identity, const Op& op) {
+  __shared__ T of_warps[kMostWarps];
+  value = reduce_warp(value, op);
+  __syncthreads();  // the values of the call before have been read
+  if (threadIdx.x % kWarp == 0) {
+    of_warps[threadIdx.x / kWarp] = value;
+  }
+  __syncthreads();
+  const unsigned lane = threadIdx.x % kWarp;
+  return reduce_warp(lane < blockDim.x / kWarp ? of_warps[lane] : identity, op);
+}
+
+// True in the block that comes last of so many to pass here, which then sees all that the others
+// wrote before. count: of the device, zero before.
+PYOBS_DEVICE bool is_last_block(unsigned* count, unsigned blocks) {
+  __threadfence();
+  int last = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(count, 1u) == blocks - 1;
+  }
+  const bool result = __syncthreads_or(last) != 0;
+  __threadfence();
+  return result;
+}
+
+// A switch of the state, uint8, bool or int64; null is on.
+struct DeviceSwitch {
+  const void* flag;
+  bool is_int64;
+};
+
+PYOBS_DEVICE bool is_off(const DeviceSwitch& enabled) {
+  if (enabled.flag == nullptr) {
+    return false;
+  }
+  return enabled.is_int64 ? *static_cast<const int64_t*>(enabled.flag) == 0
+                          : *static_cast<const uint8_t*>(enabled.flag) == 0;
+}
+
+// Division by a number known before the launch, of dividends below 2^31.
+struct Divisor {
+  uint32_t divisor, multiplier, shift;
+
+  explicit Divisor(int64_t by) : divisor(static_cast<uint32_t>(by)), shift(0) {
+    while ((uint64_t{1} << shift) < divisor) {
+      ++shift;
+    }
+    const uint64_t one = 1;
+    multiplier = static_cast<uint32_t>((one << 32) * ((one << shift) - divisor) / divisor + 1);
+  }
+  __device__ __forceinline__ uint32_t divide(uint32_t dividend) const {
+    return (__umulhi(dividend, multiplier) + dividend) >> shift;
+  }
+};
+
+}  // namespace pyobserver

@@ -1,0 +1,76 @@
+// A Layout as the CUDA kernels see it: where the elements of the walk lie, and whose they are.
+#pragma once
+
+#include <optional>
+
+#include "device.cuh"
+#include "layout.h"
+
+namespace pyobserver {
+
+struct DeviceLayout {
+  static constexpr int kMostAxes = 16;
+  int64_t numel, repeat, groups, inner, channels, piece;
+  bool dense;
+  int over_count, walk_count;
+  int64_t over_size[kMostAxes], over_group[kMostAxes];
+  int64_t walk_size[kMostAxes], walk_stride[kMostAxes];
+};
+
+inline DeviceLayout device_layout(const char* op, const Layout& layout) {
+  DeviceLayout found = {};
+  found.numel = layout.numel;
+  found.repeat = layout.repeat;
+  found.groups = layout.groups;
+  found.inner = layout.inner;
+  found.channels = layout.channels;
+  found.piece = layout.piece;
+  found.dense = layout.dense;
+  found.over_count = layout.over_count();
+  found.walk_count = layout.dense ? 0 : layout.walk_count();
+  check(found.over_count <= DeviceLayout::kMostAxes && found.walk_count <= DeviceLayout::kMostAxes,
+        op, ": x: expected at most ", DeviceLayout::kMostAxes,
+        " dimensions that do not lie in a row");
+  for (int i = 0; i < found.over_count; ++i) {
+    found.over_size[i] = layout.over()[i].size;
+    found.over_group[i] = layout.over()[i].group;
+  }
+  for (int i = 0; i < found.walk_count; ++i) {
+    found.walk_size[i] = layout.walk()[i].size;
+    found.walk_stride[i] = layout.walk()[i].stride;
+  }
+  return found;
+}
+
+// Where element i of the walk lies, in elements from the first.
+PYOBS_DEVICE int64_t place_of(const DeviceLayout& layout, int64_t i) {
+  if (layout.dense) {
+    return i;
+  }
+  int64_t place = 0;
+  for (int axis = layout.walk_count - 1; axis >= 0; --axis) {
+    place += i % layout.walk_size[axis] * layout.walk_stride[axis];
+    i /= layout.walk_size[axis];
+  }
+  return place;
+}
+
+// Where the kept values of piece `index` begin.
+PYOBS_DEVICE int64_t base_of(const DeviceLayout& layout, int64_t index) {
+  int64_t base = 0;
+  for (int axis = layout.over_count - 1; axis >= 0; --axis) {
+    base += index % layout.over_size[axis] * layout.over_group[axis];
+    index /= layout.over_size[axis];
+  }
+  return base;
+}
+
+// Whose element i of the walk is.
+PYOBS_DEVICE int64_t group_of(const DeviceLayout& layout, int64_t i) {
+  if (layout.groups == 1) {
+    return 0;
+  }
+  return i % layout.piece / layout.inner % layout.channels + base_of(layout, i / layout.piece);
+}
+
+}  // namespace pyobserver
