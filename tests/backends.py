@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import pyobserver
@@ -130,6 +132,37 @@ class Backend:
         return self.name
 
 
+GPU = Backend("cuda", device="cuda", cuda=True)
+ON_HOST = Backend("cuda-on-host", cuda=True)
+
+
+def why_no_gpu() -> str | None:
+    """Why the CUDA kernels cannot run on a GPU here; None where they can."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    reason = pyobserver.native_status.cuda_reason
+    return None if reason is None else f"no CUDA kernels: {reason}"
+
+
+def as_param(backend: Backend) -> Any:
+    """A test's parameter; that of the GPU is marked, and skipped by name where there is none.
+
+    ``PYOBSERVER_REQUIRE_GPU=1`` forbids to skip it.
+    """
+    if backend != GPU:
+        return pytest.param(backend, id=backend.name)
+    reason = why_no_gpu()
+    skipped = reason is not None and os.environ.get("PYOBSERVER_REQUIRE_GPU") != "1"
+    marks = [pytest.mark.gpu, *([pytest.mark.skip(reason=str(reason))] if skipped else [])]
+    return pytest.param(backend, id=backend.name, marks=marks)
+
+
+def cuda_backends() -> list[Any]:
+    """Parameters of tests of the CUDA kernels."""
+    on_host = [ON_HOST] if cuda_on_host() is not None else []
+    return list(map(as_param, [*on_host, GPU]))
+
+
 def backends() -> list[Backend]:
     """All that this machine can run."""
     found = [Backend("reference")]
@@ -137,7 +170,7 @@ def backends() -> list[Backend]:
     if status.cpu:
         found += [Backend(f"cpu-{isa}", isa=isa) for isa in status.build.cpu_isas()]
     if cuda_on_host() is not None:
-        found.append(Backend("cuda-on-host", cuda=True))
-    if torch.cuda.is_available():
-        found.append(Backend("cuda", device="cuda", cuda=True))
+        found.append(ON_HOST)
+    if why_no_gpu() is None:
+        found.append(GPU)
     return found

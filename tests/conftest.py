@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from backends import Backend, backends
+from backends import GPU, Backend, as_param, backends
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=backends(), ids=str)
+@pytest.fixture(params=[as_param(each) for each in dict.fromkeys([*backends(), GPU])])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each kernel in turn; what was active before is restored."""
     chosen: Backend = request.param

@@ -1,0 +1,256 @@
+"""What CUDA asks beyond the same numbers: no sync, few launches, graphs, the current stream.
+
+On a GPU, and, what can be counted there, on the device in software (see ``backends``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from backends import GPU, ON_HOST, Backend, as_param, cuda_backends, cuda_on_host
+from ops.cases import DTYPES, assert_all_same
+from ops.work import SEARCHES, WORK, values
+from torch import Tensor, nn
+
+import pyobserver as po
+
+on_gpu = pytest.mark.parametrize("gpu", [as_param(GPU)])
+on_cuda = pytest.mark.parametrize("cuda", cuda_backends())
+
+OBSERVERS: dict[str, Callable[[], nn.Module]] = {
+    "minmax": po.MinMaxObserver,
+    "moving_average": po.MovingAverageMinMaxObserver,
+    "per_channel": lambda: po.PerChannelMinMaxObserver(ch_axis=1),
+    "per_channel_moving_average": lambda: po.MovingAveragePerChannelMinMaxObserver(ch_axis=0),
+    "histogram": po.HistogramObserver,
+    "log_histogram": po.LogHistogramObserver,
+    "per_channel_log_histogram": lambda: po.PerChannelLogHistogramObserver(ch_axis=1),
+    "per_block_log_histogram": lambda: po.PerBlockLogHistogramObserver(block_size=(1, 20)),
+}
+FAKE_QUANTIZES: dict[str, Callable[[], nn.Module]] = {
+    "fake_quantize": po.FakeQuantize,
+    "fake_quantize_minmax": lambda: po.FakeQuantize(po.MinMaxObserver),
+    "fake_quantize_per_channel": lambda: po.FakeQuantize(
+        po.PerChannelMinMaxObserver, ch_axis=1, dtype=torch.qint8, quant_min=-128, quant_max=127
+    ),
+    "fake_quantize_histogram": lambda: po.FakeQuantize(po.HistogramObserver),
+    "fake_quantize_fixed": lambda: po.FixedQParamsFakeQuantize(
+        po.FixedQParamsObserver.with_args(scale=0.05, zero_point=8)
+    ),
+    "fused": po.FusedMovingAvgObsFakeQuantize,
+}
+HISTOGRAMS = (po.HistogramObserver, po.LogHistogramObserver)
+MODULES = {**OBSERVERS, **FAKE_QUANTIZES}
+SHAPE = (50, 200)
+
+
+def batches(device: str) -> list[Tensor]:
+    """The later ones are wider, so that ranges grow."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((4, *SHAPE), generator=generator)
+    return [(batch * (1 + i)).to(device) for i, batch in enumerate(x)]
+
+
+def state(module: nn.Module) -> list[Tensor]:
+    return [t.detach().cpu().clone() for t in module.state_dict().values() if t is not None]
+
+
+def fed_on_cpu(make: Callable[[], nn.Module], count: int) -> tuple[list[Tensor], Tensor]:
+    """The state after so many batches, and the last output."""
+    module = make()
+    for x in batches("cpu")[:count]:
+        y = module(x)
+    return state(module), y
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def replay(graph: torch.cuda.CUDAGraph) -> None:
+    graph.replay()
+    torch.cuda.synchronize()
+
+
+@contextmanager
+def counting(launches: int) -> Iterator[None]:
+    """Fails where the device in software is asked for more kernels, or waited for."""
+    device = cuda_on_host()
+    assert device is not None
+    before = device.counts()
+    yield
+    found = {name: count - before[name] for name, count in device.counts().items()}
+    assert found["launches"] <= launches, found
+    assert found["syncs"] == 0, found
+
+
+needs_device_in_software = pytest.mark.skipif(
+    cuda_on_host() is None, reason="built without PYOBSERVER_CUDA_ON_HOST=1"
+)
+
+
+@needs_device_in_software
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_an_observer_takes_two_launches_and_no_sync(name: str) -> None:
+    with ON_HOST.selected():
+        module = OBSERVERS[name]()
+        for x in batches("cpu"):
+            with counting(launches=2):
+                module(x)
+
+
+@needs_device_in_software
+@pytest.mark.parametrize(
+    "name", ["fake_quantize", "fake_quantize_minmax", "fake_quantize_per_channel", "fused"]
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_fake_quantize_takes_two_launches_and_no_sync(name: str, gradient: bool) -> None:
+    with ON_HOST.selected():
+        module = FAKE_QUANTIZES[name]()
+        for x in batches("cpu"):
+            with counting(launches=2):
+                y = module(x.requires_grad_(gradient))
+            if gradient:
+                with counting(launches=1):
+                    y.backward(torch.ones_like(y))
+
+
+@needs_device_in_software
+def test_an_empty_tensor_takes_no_launch() -> None:
+    with ON_HOST.selected():
+        for make in MODULES.values():
+            module = make()
+            module(batches("cpu")[0])
+            with counting(launches=1 if isinstance(module, po.FakeQuantize) else 0):
+                module(torch.empty(0, SHAPE[1]))
+
+
+@on_cuda
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_has_the_numbers_of_the_cpu(cuda: Backend, name: str) -> None:
+    expected, expected_y = fed_on_cpu(MODULES[name], 4)
+    with cuda.selected():
+        module = MODULES[name]().to(cuda.device)
+        for x in batches(cuda.device):
+            y = module(x)
+    assert_all_same([*state(module), y.detach().cpu()], [*expected, expected_y], name)
+
+
+def solved(method: str, device: str) -> list[Tensor]:
+    """Scales and zero points, one by one and of all observers at once."""
+    observers = [make(method=method).to(device) for make in HISTOGRAMS for _ in range(2)]
+    for observer, x in zip(observers, batches(device), strict=True):
+        observer(x)
+    alone = [observer.calculate_qparams() for observer in observers]
+    return [t.cpu() for pair in [*alone, *po.calculate_qparams(observers)] for t in pair]
+
+
+@on_cuda
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "kl", "l2_greedy"])
+def test_a_range_is_that_of_the_cpu(cuda: Backend, method: str) -> None:
+    expected = solved(method, "cpu")
+    with cuda.selected():
+        found = solved(method, cuda.device)
+    assert_all_same(found, expected, method)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", WORK)
+def test_an_op_does_not_sync(gpu: Backend, name: str) -> None:
+    x = values(torch.float32, name not in SEARCHES, gpu.device)
+    WORK[name](gpu.op, x)  # what is made once
+    with no_sync():
+        WORK[name](gpu.op, x)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_does_not_sync(gpu: Backend, name: str) -> None:
+    module = MODULES[name]().to(gpu.device)
+    inputs = batches(gpu.device)
+    module(inputs[0])  # a per-channel state gets its size
+    with no_sync():
+        for x in inputs[1:]:
+            module(x)
+    with no_sync():
+        y = module(inputs[0].requires_grad_())
+        if y.requires_grad:
+            y.backward(torch.ones_like(y))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WORK)
+def test_an_op_is_captured_in_a_graph(gpu: Backend, name: str, dtype: torch.dtype) -> None:
+    x = values(dtype, name not in SEARCHES, gpu.device)
+    expected = [t.clone() for t in WORK[name](gpu.op, x)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found: Sequence[Tensor] = WORK[name](gpu.op, x)
+    for _ in range(2):
+        for t in found:
+            t.fill_(1)
+        replay(graph)
+        assert_all_same([t.cpu() for t in found], [t.cpu() for t in expected], name)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_captured_in_a_graph(gpu: Backend, name: str) -> None:
+    expected, expected_y = fed_on_cpu(MODULES[name], 4)
+    inputs = batches(gpu.device)
+    module = MODULES[name]().to(gpu.device)
+    x = inputs[0].clone()
+    module(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    for batch in inputs[1:]:
+        x.copy_(batch)
+        replay(graph)
+    assert_all_same([*state(module), y.detach().cpu()], [*expected, expected_y], name)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", WORK)
+def test_an_op_runs_on_the_current_stream(gpu: Backend, name: str) -> None:
+    x = values(torch.float32, name not in SEARCHES, gpu.device)
+    expected = WORK[name](gpu.op, x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = x * 0
+        torch.cuda._sleep(20_000_000)  # a kernel of another stream would read zeros
+        late.copy_(x)
+        found = WORK[name](gpu.op, late)
+    stream.synchronize()
+    assert_all_same([t.cpu() for t in found], [t.cpu() for t in expected], name)
+
+
+@on_gpu
+def test_a_nonfinite_value_is_raised_and_changes_nothing(gpu: Backend) -> None:
+    for make in (po.MinMaxObserver, po.HistogramObserver, po.LogHistogramObserver):
+        module = make(nonfinite="raise").to(gpu.device)
+        module(torch.ones(10, device=gpu.device))
+        before = state(module)
+        with pytest.raises(ValueError, match=r"expected finite values, got 1 .* of 3"):
+            module(torch.tensor([1.0, torch.nan, 2.0], device=gpu.device))
+        assert_all_same(state(module), before)
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_device_is_that_of_the_tensor(gpu: Backend) -> None:
+    observer = po.MinMaxObserver().to("cuda:1")
+    observer(torch.arange(5.0, device="cuda:1"))
+    assert observer.max_val.item() == 4.0
+    assert torch.cuda.current_device() == 0
