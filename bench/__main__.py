@@ -25,25 +25,25 @@ from .timing import FULL, QUICK, keep_memory_warm, measure
 _LEAST_FOR_MEMORY = 1_000_000  # elements; fewer are lost in the resolution
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def counts(text: str) -> tuple[int, ...]:
     try:
-        counts = tuple(int(float(count)) for count in text.split(","))
+        found = tuple(int(float(count)) for count in text.split(","))
     except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
+        found = ()
+    if not found or min(found) < 1:
         raise argparse.ArgumentTypeError(f"expected numbers such as 256,1e5, got {text!r}")
-    return counts
+    return found
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few samples: a look, no record")
     parser.add_argument(
-        "--threads", type=_counts, metavar="N,N", help="of torch (default 1 and 2 where there are)"
+        "--threads", type=counts, metavar="N,N", help="of torch (default 1 and 2 where there are)"
     )
     parser.add_argument(
         "--sizes",
-        type=_counts,
+        type=counts,
         default=SIZES,
         metavar="N,N",
         help="elements (default %(default)s)",
@@ -74,7 +74,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _facts(device: str) -> dict[str, str]:
+def facts(device: str, module: str = "bench") -> dict[str, str]:
     status = pyobserver.native_status
     if torch.device(device).type == "cuda":
         reason, native = status.cuda_reason, torch.cuda.get_device_name(device)
@@ -88,7 +88,7 @@ def _facts(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "pyobserver": pyobserver.__version__,
         "native kernels": native if has_native(device) else f"none: {reason}",
-        "command": f"`{shlex.join(['python', '-m', 'bench', *sys.argv[1:]])}`",
+        "command": f"`{shlex.join(['python', '-m', module, *sys.argv[1:]])}`",
     }
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     if not cases:
         sys.exit(f"--only: no case matches {arguments.only!r}")
     gc.freeze()  # what the imports left; to look through it between cases takes longer than they do
-    record = Record(_facts(arguments.device), "")
+    record = Record(facts(arguments.device), "")
     # before freed memory is kept
     _measure_memory(
         record, [case for case in cases if not case.growth], arguments.sizes, arguments.device

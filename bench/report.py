@@ -86,7 +86,7 @@ def _digits(value: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
-def _time(seconds: float | None) -> str:
+def time_text(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     for factor, unit in ((1.0, "s"), (1e3, "ms")):
@@ -95,11 +95,11 @@ def _time(seconds: float | None) -> str:
     return f"{_digits(seconds * 1e6)} µs"
 
 
-def _times(ratio: float | None) -> str:
+def ratio_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{_digits(ratio)}x"
 
 
-def _size(size: Size) -> str:
+def size_text(size: Size) -> str:
     return size if isinstance(size, str) else f"{size:,}"
 
 
@@ -130,13 +130,14 @@ def _headline_table(record: Record) -> list[str]:
         return []
     sizes = _unique(size for by_size in ratios.values() for size in by_size)
     rows = [
-        (case, *(_times(by_size.get(size)) for size in sizes)) for case, by_size in ratios.items()
+        (case, *(ratio_text(by_size.get(size)) for size in sizes))
+        for case, by_size in ratios.items()
     ]
     threads = min(timing.threads for timing in record.timings)
     return [
         f"## In short: reference / native on {_threads(threads)}, by elements",
         "",
-        *table(("work", *map(_size, sizes)), rows),
+        *table(("work", *map(size_text, sizes)), rows),
     ]
 
 
@@ -157,9 +158,9 @@ def _full_tables(record: Record) -> list[str]:
         rows = [
             (
                 timing.case,
-                f"{_size(timing.size)} {timing.unit}",
-                *(_time(timing.seconds.get(name)) for name in ("reference", *OURS)),
-                *(_times(timing.ratio(name)) for name in reversed(OURS)),
+                f"{size_text(timing.size)} {timing.unit}",
+                *(time_text(timing.seconds.get(name)) for name in ("reference", *OURS)),
+                *(ratio_text(timing.ratio(name)) for name in reversed(OURS)),
                 _share(timing),
             )
             for timing in timings
@@ -177,13 +178,13 @@ def _growth_table(timings: list[Timing]) -> list[str]:
     cells: dict[tuple[str, int], dict[Size, str]] = {}
     for timing in timings:
         ours = "native" if "native" in timing.seconds else "fallback"
-        cell = f"{_time(timing.seconds[ours])}, {_times(timing.ratio(ours))}"
+        cell = f"{time_text(timing.seconds[ours])}, {ratio_text(timing.ratio(ours))}"
         cells.setdefault((timing.case, timing.threads), {})[timing.size] = cell
     rows = [
         (case, str(threads), *(cells[case, threads].get(size, "-") for size in sizes))
         for case, threads in sorted(cells)
     ]
-    return table(("work", "threads", *map(_size, sizes)), rows)
+    return table(("work", "threads", *map(size_text, sizes)), rows)
 
 
 def _growth_tables(record: Record) -> list[str]:
@@ -217,7 +218,7 @@ def _memory_table(record: Record) -> list[str]:
     rows = [
         (
             peak.case,
-            f"{_size(peak.size)} {peak.unit}",
+            f"{size_text(peak.size)} {peak.unit}",
             *(_megabytes(peak.bytes.get(name)) for name in heads[2:]),
         )
         for peak in record.peaks

@@ -1,32 +1,48 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, a CUDA build of torch and nvcc: build, the CUDA tests, compute-sanitizer,
-# the GPU benchmarks. Results under $OUT. Needs no network.
+# the GPU benchmarks. Needs no network; takes under nine minutes. The report of bench.gpu (Markdown
+# and JSON) and gpu.log come to lie under $OUT, or in bench/results/.
+#
+# STEPS="build tests" runs these alone; PYTHON=… another interpreter than python3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-gpu-results}
-mkdir -p "$OUT"
-export PYTHONUNBUFFERED=1 PYOBSERVER_NATIVE=require
 python=${PYTHON:-python3}
-failed=0
+OUT=${OUT:-bench/results}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+log=$OUT/gpu.log
+export PYTHONUNBUFFERED=1 PYOBSERVER_NATIVE=require PYOBSERVER_REQUIRE_GPU=1
+begin=$SECONDS
+failed=
 step() { # name, seconds, command …
-  local name=$1 limit=$2
+  local step=$1 limit=$2 status
   shift 2
-  printf '\n== %s\n' "$name"
-  timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -40
-  local status=${PIPESTATUS[0]}
-  if [ "$status" != 0 ]; then
-    printf '%s: exit %s\n' "$name" "$status" | tee -a "$OUT/failed.txt"
-    failed=1
-  fi
+  case " ${STEPS:-$step} " in *" $step "*) ;; *) return ;; esac
+  printf '\n== %s, after %s s\n' "$step" "$((SECONDS - begin))" | tee -a "$log"
+  timeout -k 10 "$limit" "$@" >"$OUT/step.log" 2>&1
+  status=$?
+  tail -25 "$OUT/step.log"
+  cat "$OUT/step.log" >>"$log"
+  rm "$OUT/step.log"
+  test "$status" = 0 || failed="$failed $step ($status)"
+}
+sanitize() { # tool, seconds: one case of each piece of work
+  step "$1" "$2" compute-sanitizer --tool "$1" --error-exitcode 9 \
+    "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops/test_determinism.py \
+    -k "same_bytes_on_cuda and float32"
 }
 
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$OUT/device.txt"
-step build 120 env PYOBSERVER_CUDA=1 "$python" setup.py -q build_ext --inplace
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$log"
+device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
+report=$OUT/$(date -u +%Y-%m-%d)-$device.md
+step build 180 env PYOBSERVER_CUDA=1 PYOBSERVER_WERROR=1 \
+  "$python" -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
 step info 30 "$python" -m pyobserver info
-step tests 150 "$python" -m pytest -q tests/ops -k cuda
-step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 \
-  "$python" -m pytest -q tests/ops/test_fake_quantize.py -k "cuda and (sizes or layouts or backward_of_a_mask)" -p no:cacheprovider
-step racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
-  "$python" -m pytest -q tests/ops/test_fake_quantize.py -k "cuda and (sizes or layouts or backward_of_a_mask)" -p no:cacheprovider
-step bench 120 "$python" -m bench --quick --device cuda --only fake_quantize --output "$OUT/bench-cuda.md"
-exit "$failed"
+step tests 150 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
+sanitize memcheck 60
+sanitize racecheck 90
+sanitize initcheck 60
+step bench 150 "$python" -m bench.gpu --deadline 110 --output "$report"
+if test -f "$report"; then cat "$report"; fi
+printf '\n%s s; failed:%s\n' "$((SECONDS - begin))" "${failed:- nothing}" | tee -a "$log"
+test -z "$failed"

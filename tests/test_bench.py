@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import memory
+from bench.gpu import cuda_calls
 from bench.picture import draw
 from bench.report import Peak, Record, Timing, markdown
 
@@ -142,3 +143,37 @@ def test_memory_is_seen_at_its_peak() -> None:
         pytest.skip(found)
     expected = {"reference": 4e6, "result": 4e6, "fallback": 12e6, "native": 0}
     assert found == pytest.approx(expected, abs=2 * memory.RESOLUTION)
+
+
+def test_the_gpu_report_runs_where_there_is_none(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.md"
+    only = "^(MinMaxObserver|fake_quantize backward)$"
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--sizes", "256,20000"]
+    subprocess.run(
+        [*command, "--only", only, "--output", str(output)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    assert [(row["case"], row["size"]) for row in rows] == [
+        ("MinMaxObserver", 20_000),
+        ("fake_quantize backward", 20_000),
+        ("MinMaxObserver", 256),
+        ("fake_quantize backward", 256),
+    ]
+    assert all(row["seconds"]["reference"] > 0 for row in rows)
+    assert [row["share"] is None for row in rows] == [False, False, True, True]
+    assert "| MinMaxObserver " in output.read_text()
+
+
+def test_cuda_calls_are_counted_by_their_kind() -> None:
+    names = [
+        "cudaLaunchKernel",
+        "cuLaunchKernelEx",
+        "cudaMemsetAsync",
+        "aten::add",
+        "minmax_kernel",
+    ]
+    names += ["cudaStreamSynchronize", "cudaLaunchKernelExC", "cudaMemcpyAsync", "Memcpy DtoH"]
+    assert cuda_calls(names) == {"launches": 3, "memory": 2, "syncs": 1}
