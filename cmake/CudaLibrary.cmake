@@ -1,6 +1,8 @@
 # libpyobserver_cuda.so: the CUDA kernels, in a library of their own. Needs nvcc and the stable
 # headers alone, so it builds on a machine with a CPU build of torch and no GPU.
 set(PYOBSERVER_CUDA_BUILD no)
+# why not: said by `python -m pyobserver info`
+set(PYOBSERVER_CUDA_NOTE "PYOBSERVER_CUDA=${PYOBSERVER_CUDA}")
 set(cuda_wanted ${PYOBSERVER_CUDA})
 if(cuda_wanted STREQUAL auto)
   set(cuda_wanted 0)
@@ -9,7 +11,11 @@ if(cuda_wanted STREQUAL auto)
     check_language(CUDA)
     if(CMAKE_CUDA_COMPILER)
       set(cuda_wanted 1)
+    else()
+      set(PYOBSERVER_CUDA_NOTE "no nvcc at the build")
     endif()
+  else()
+    set(PYOBSERVER_CUDA_NOTE "the torch at the build was without CUDA")
   endif()
 endif()
 
@@ -20,6 +26,8 @@ if(cuda_wanted)
   enable_language(CUDA)
   set(CMAKE_CUDA_STANDARD ${CMAKE_CXX_STANDARD})
   set(PYOBSERVER_CUDA_BUILD ${CMAKE_CUDA_COMPILER_VERSION})
+  list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
+  set(PYOBSERVER_CUDA_NOTE "for ${architectures}")
 
   file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/ops/*/*.cu)
   add_library(pyobserver_cuda SHARED ${cuda_sources})

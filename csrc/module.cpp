@@ -49,7 +49,8 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the CPU instruction set of pyobserver's kernels.";
   m.def("build_info", &build_info,
-        "Versions, compiler and build type; 'cuda' is the toolkit's version or 'no'.");
+        "Versions, compiler and build type; 'cuda' is the toolkit's version and the architectures, "
+        "or 'no' and why.");
   m.def("cpu_isas", &cpu_isas, "Instruction sets that this build and this machine both have.");
   m.def(
       "cpu_isa", [] { return pyobserver_cpu_isa_name(pyobserver_cpu_isa_active()); },

@@ -99,9 +99,12 @@ def _load() -> NativeStatus:
     if forced:
         build.set_cpu_isa(forced)
     # torch.cuda is not asked: that starts CUDA, and a process that forks later could not use it
-    cuda_reason: str | None = "this torch is built without CUDA"
+    cuda_reason: str | None
     if torch.version.cuda is not None:
         cuda_reason = _load_library(folder, "cuda")
+    else:
+        built = (folder / _LIBRARIES["cuda"]).exists()
+        cuda_reason = f"it was {'' if built else 'not '}built, and this torch is without CUDA"
     return NativeStatus(True, cuda_reason is None, None, cuda_reason, build)
 
 

@@ -17,6 +17,15 @@ def backend() -> str:
     return f"native ({status.build.cpu_isa()})"
 
 
+def cuda_library() -> str:
+    """Whether the CUDA kernels are in use, or why not."""
+    if not status.cuda:
+        return f"not loaded: {status.cuda_reason}"
+    if not torch.cuda.is_available():
+        return "loaded, not in use: torch finds no GPU"
+    return f"loaded, for {torch.cuda.get_device_name()}"
+
+
 def run() -> int:
     """Print the report; returns the exit status."""
     lines = {
@@ -24,7 +33,7 @@ def run() -> int:
         "torch": torch.__version__,
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "CPU library": "loaded" if status.cpu else f"not loaded: {status.reason}",
-        "CUDA library": "loaded" if status.cuda else f"not loaded: {status.cuda_reason}",
+        "CUDA library": cuda_library(),
         "CPU kernels": backend(),
     }
     if status.build is None:

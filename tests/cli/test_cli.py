@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import pyobserver
-from pyobserver.cli import main
+from pyobserver import NativeStatus
+from pyobserver.cli import info, main
 
 ROOT = Path(pyobserver.__file__).parent.parent
 
@@ -39,9 +40,25 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["torch"] == torch.__version__
     assert shown["Python"].startswith(f"{sys.version_info[0]}.{sys.version_info[1]}")
     assert shown["CPU library"] == ("loaded" if status.cpu else f"not loaded: {status.reason}")
-    assert shown["CUDA library"] == (
-        "loaded" if status.cuda else f"not loaded: {status.cuda_reason}"
-    )
+    assert ("not loaded" in shown["CUDA library"]) == (not status.cuda)
+
+
+@pytest.mark.parametrize(
+    ("cuda_reason", "gpu", "said"),
+    [
+        ("it was built, and …", None, "not loaded: it was built, and …"),
+        (None, None, "loaded, not in use: torch finds no GPU"),
+        (None, "Some GPU", "loaded, for Some GPU"),
+    ],
+)
+def test_info_says_why_cuda_is_not_in_use(
+    monkeypatch: pytest.MonkeyPatch, cuda_reason: str | None, gpu: str | None, said: str
+) -> None:
+    status = NativeStatus(True, cuda_reason is None, None, cuda_reason, None)
+    monkeypatch.setattr(info, "status", status)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    assert info.cuda_library() == said
 
 
 @pytest.mark.skipif(not pyobserver.native_status.cpu, reason="needs the native CPU library")
