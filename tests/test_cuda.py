@@ -13,6 +13,7 @@ import torch
 from backends import GPU, ON_HOST, Backend, as_param, cuda_backends, cuda_on_host
 from ops.cases import DTYPES, assert_all_same
 from ops.work import SEARCHES, WORK, values
+from readback import NoReadback
 from torch import Tensor, nn
 
 import pyobserver as po
@@ -122,6 +123,26 @@ def test_a_fake_quantize_takes_two_launches_and_no_sync(name: str, gradient: boo
             if gradient:
                 with counting(launches=1):
                     y.backward(torch.ones_like(y))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_module_reads_nothing_back(name: str, gradient: bool) -> None:
+    backend = Backend("cpu") if cuda_on_host() is None else ON_HOST
+    with backend.selected():
+        module = MODULES[name]()
+        for x in batches("cpu"):
+            with NoReadback():
+                y = module(x.requires_grad_(gradient))
+                if y.requires_grad:
+                    y.backward(torch.ones_like(y))
+
+
+def test_reading_back_is_found() -> None:
+    x = torch.ones(3)
+    for read in (lambda: x.sum().item(), lambda: bool(x[0]), lambda: x[x > 0], x.nonzero):
+        with pytest.raises(AssertionError, match="waits for the device"), NoReadback():
+            read()
 
 
 @needs_device_in_software
