@@ -1,7 +1,8 @@
 // A CUDA device in software, for kernels compiled as C++: so that the .cu files run, and are tested
-// bit for bit, on a machine without a GPU. Threads of a block are fibers that take turns in an
-// order drawn anew for each launch, so that a missing barrier shows; shared memory begins as
-// garbage; blocks follow each other, so two of them are never at work at once.
+// bit for bit, on a machine without a GPU. Threads are fibers that take turns in an order drawn
+// anew for each launch, so that a missing barrier shows; a few blocks are at work at once; shared
+// memory begins as garbage. What one thread writes the others see at once, so a missing fence does
+// not show.
 //
 // It stands in for the header of this name, and has what the kernels of this project use.
 #pragma once

@@ -1,4 +1,4 @@
-// The fibers of a block and their turns.
+// The fibers of a grid and their turns. A few blocks are at work at once, and take turns too.
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -43,7 +43,9 @@ struct Counters {
 
 class Block {
  public:
-  void run(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(void*), void* argument);
+  void start(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(void*), void* argument);
+  // Runs some of its threads a little further; false when all have ended.
+  bool go_on(uint64_t turns);
 
   Votes wait_for_block(bool vote) {
     Fiber& fiber = *current_;
@@ -70,6 +72,8 @@ class Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<unsigned> runnable_;
   std::vector<unsigned char> shared_;
+  std::vector<char> statics_;  // its static shared memory, while others have it
+  dim3 index_, dimensions_;
   Fiber* current_ = nullptr;
   unsigned threads_ = 0, alive_ = 0, at_barrier_ = 0;
   uint64_t random_ = 1;
@@ -185,17 +189,21 @@ class Block {
   }
 };
 
-void Block::run(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(void*),
-                void* argument) {
+size_t static_bytes() {
+  return __start_cuda_on_host_shared == nullptr
+             ? 0
+             : static_cast<size_t>(__stop_cuda_on_host_shared - __start_cuda_on_host_shared);
+}
+
+void Block::start(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(void*),
+                  void* argument) {
+  index_ = index;
+  dimensions_ = threads;
   threads_ = alive_ = threads.x;
   at_barrier_ = 0;
   body_ = body;
   argument_ = argument;
-  blockIdx = index;
-  blockDim = threads;
-  if (__start_cuda_on_host_shared != nullptr) {
-    std::fill(__start_cuda_on_host_shared, __stop_cuda_on_host_shared, static_cast<char>(kGarbage));
-  }
+  statics_.assign(static_bytes(), static_cast<char>(kGarbage));
   shared_.assign(shared_bytes, kGarbage);
   runnable_.clear();
   while (fibers_.size() < threads_) {
@@ -204,7 +212,13 @@ void Block::run(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(void
   for (unsigned i = 0; i < threads_; ++i) {
     wake(i);
   }
-  while (alive_ > 0) {
+}
+
+bool Block::go_on(uint64_t turns) {
+  blockIdx = index_;
+  blockDim = dimensions_;
+  std::copy(statics_.begin(), statics_.end(), __start_cuda_on_host_shared);
+  for (; turns > 0 && alive_ > 0; --turns) {
     if (runnable_.empty()) {
       throw std::runtime_error("CUDA on the host: threads wait for each other for ever");
     }
@@ -230,6 +244,8 @@ void Block::run(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(void
       open_barrier();
     }
   }
+  std::copy_n(__start_cuda_on_host_shared, statics_.size(), statics_.begin());
+  return alive_ > 0;
 }
 
 thread_local Block* running = nullptr;
@@ -247,20 +263,36 @@ void count_memset() { ++counters.memsets; }
 void count_sync() { ++counters.syncs; }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {
+  constexpr size_t kResident = 3;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   // a failed grid leaves fibers in the middle of their work: the next one gets others
-  static auto& device = *new std::unique_ptr<Block>();
-  std::unique_ptr<Block> used = device ? std::move(device) : std::make_unique<Block>();
-  used->seed(static_cast<uint64_t>(++counters.launches));
-  running = used.get();
-  gridDim = grid;
+  static auto& idle = *new std::vector<std::unique_ptr<Block>>();
   std::vector<unsigned> order(size_t{grid.x} * grid.y);
   std::iota(order.begin(), order.end(), 0u);
-  std::shuffle(order.begin(), order.end(), std::minstd_rand(counters.launches));
-  for (const unsigned index : order) {
-    running->run(dim3(index % grid.x, index / grid.x), block, shared_bytes, body, argument);
+  std::minstd_rand random(static_cast<unsigned>(++counters.launches));
+  std::shuffle(order.begin(), order.end(), random);
+  std::vector<std::unique_ptr<Block>> resident;
+  gridDim = grid;
+  while (!order.empty() || !resident.empty()) {
+    if (!order.empty() && resident.size() < kResident) {
+      resident.push_back(idle.empty() ? std::make_unique<Block>() : std::move(idle.back()));
+      if (!idle.empty()) {
+        idle.pop_back();
+      }
+      resident.back()->seed(random());
+      const dim3 index(order.back() % grid.x, order.back() / grid.x);
+      resident.back()->start(index, block, shared_bytes, body, argument);
+      order.pop_back();
+      continue;
+    }
+    auto& next = resident[random() % resident.size()];
+    running = next.get();
+    if (!next->go_on(1 + random() % (4 * block.x))) {
+      std::swap(next, resident.back());
+      idle.push_back(std::move(resident.back()));
+      resident.pop_back();
+    }
   }
-  device = std::move(used);
 }
 
 }  // namespace cuda_on_host
