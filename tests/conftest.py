@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from backends import GPU, Backend, as_param, backends
 
+# more only wait for each other: the tensors are small, and a test of threads says how many
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -24,6 +27,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen: Backend = request.param
     with chosen.selected():
         yield chosen
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "backend" in getattr(item, "fixturenames", ()):
+            item.add_marker("once")
 
 
 def pytest_report_header() -> str:

@@ -112,8 +112,9 @@ class TestNative:
     def test_threads_are_torch_s(self) -> None:
         before = torch.get_num_threads()
         try:
-            torch.set_num_threads(1)
-            assert pyobserver.native_status.build.num_threads() == 1
+            for count in (3, 1):
+                torch.set_num_threads(count)
+                assert pyobserver.native_status.build.num_threads() == count
         finally:
             torch.set_num_threads(before)
 

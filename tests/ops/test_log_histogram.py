@@ -727,12 +727,11 @@ def test_rejects_other_inputs(backend: Backend) -> None:
             assert_rejected(backend.op("log_histogram"), arguments(x=x), Exception)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    for x in opcheck_inputs(dtype).values():
+def test_opcheck() -> None:
+    for x in opcheck_inputs().values():
         opcheck("log_histogram", x, *fresh(0))
         if x.dim() > 1:
             opcheck("log_histogram", x, *fresh(0, (x.shape[1],)), 1, "propagate")
     enabled = torch.ones(1, dtype=torch.uint8)
-    x = sample((4, 6), dtype).requires_grad_()
+    x = sample((4, 6)).requires_grad_()
     opcheck("log_histogram", x, *fresh(0, (2, 2)), None, "ignore", enabled, [2, 3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -32,13 +31,6 @@ BINS = 24  # of the random histograms, at most 12 of them occupied
 EXACT = 1e-9
 # of the mean of |x|^p: where a histogram is of a few values that all lie on levels
 ROUNDING = 1e-13
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More only slow the reference: its tensors are small."""
-    with threads(1):
-        yield
 
 
 class Grid(NamedTuple):

@@ -136,9 +136,8 @@ def search_by_steps(counts: Tensor, width: float, num_levels: int) -> tuple[int,
 
 
 def spans_by_steps(counts: Tensor, widths: list[float], num_levels: int) -> Tensor:
-    with threads(1):  # faster for tensors of this size
-        pairs = zip(counts, widths, strict=True)
-        return torch.tensor([search_by_steps(*pair, num_levels) for pair in pairs]).T
+    pairs = zip(counts, widths, strict=True)
+    return torch.tensor([search_by_steps(*pair, num_levels) for pair in pairs]).T
 
 
 def _random_counts(generator: torch.Generator, bins: int) -> Tensor:
