@@ -12,6 +12,7 @@ from bench.gpu import cuda_calls
 from bench.picture import draw
 from bench.report import Peak, Record, Timing, markdown
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).parents[1]
 
 

@@ -53,7 +53,7 @@ def fed(make: Callable[[], Any], *ranks: int) -> Any:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.once)])
 def test_processes(ranks: int) -> None:
     run = subprocess.run(
         [

@@ -14,6 +14,7 @@ import torch
 
 import pyobserver
 
+pytestmark = pytest.mark.once  # what is loaded they decide themselves
 PACKAGE = Path(pyobserver.__file__).parent
 needs_native = pytest.mark.skipif(
     not pyobserver.native_status.cpu, reason="needs the native library"

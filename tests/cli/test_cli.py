@@ -73,6 +73,7 @@ def test_info_of_the_build(capsys: pytest.CaptureFixture[str]) -> None:
         assert shown[f"build: {key}"] == text
 
 
+@pytest.mark.once
 def test_info_without_native() -> None:
     done = python("-m", "pyobserver", "info", PYOBSERVER_NATIVE="0")
     assert (done.returncode, done.stderr) == (0, "")
@@ -143,6 +144,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(abs(float(accuracy) - in_float) < 3 for _, accuracy in accuracies)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
 def test_demo_without_its_packages(package: str, tmp_path: Path) -> None:
     code = (
@@ -158,6 +160,7 @@ def test_demo_without_its_packages(package: str, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.once
 def test_demo_without_torch_ao(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,5 +181,6 @@ def test_arguments_that_are_not_understood(
     assert "usage: pyobserver" in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_unknown_command_of_the_process() -> None:
     assert python("-m", "pyobserver", "conjure").returncode == 2

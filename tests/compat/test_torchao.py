@@ -570,6 +570,7 @@ def conv2d_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(qat_utils, name, narrowed)
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("conv2d_patterns")
 def test_qat_through_batch_norm() -> None:
     kwargs = {"is_qat": True, "is_per_channel": True}
@@ -715,6 +716,7 @@ def run_python(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.once
 def test_no_framework_is_imported() -> None:
     run_python(
         """
@@ -732,6 +734,7 @@ assert not gained, sorted(gained)
     )
 
 
+@pytest.mark.once
 def test_what_was_made_before_torchao_is_taken() -> None:
     run_python(
         """
@@ -771,6 +774,7 @@ for factory in (early, restored_factory):
     )
 
 
+@pytest.mark.once
 def test_every_class_is_registered_where_torchao_comes_first() -> None:
     run_python(
         """

@@ -254,6 +254,7 @@ def observe_fake_quantize(groups: str) -> Work:
 
 
 SEARCHES = ("range_search", "lp_search")  # of finite values
+OF_COUNTS = (*SEARCHES, "kl_search", "choose_qparams")  # the dtype of x changes nothing
 WORK: dict[str, Work] = {
     **{f"minmax_{update}": minmax(update, "ignore", False) for update in ("running", "memoryless")},
     "minmax_moving_average": minmax("moving_average", "ignore", True),
