@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import coded
+from backends import backends, coded
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +21,11 @@ LARGE = 2**20 + 3  # above every threshold for threads
 SHAPE = (6, 4, 5, 3)
 
 properties = settings(derandomize=True, deadline=None, max_examples=50)
+
+# a backend of each library: arguments are checked before an instruction set is chosen
+any_isa = pytest.mark.parametrize(
+    "backend", [b for b in backends() if b.isa in (None, "baseline")], ids=str, indirect=True
+)
 
 View = Callable[[Tensor], Tensor]
 

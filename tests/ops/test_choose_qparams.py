@@ -10,7 +10,7 @@ from torch.ao.quantization import PerChannelMinMaxObserver
 
 from pyobserver import ops
 
-from .cases import REJECTED_SWITCHES, assert_all_same, assert_rejected, opcheck, unchanged
+from .cases import REJECTED_SWITCHES, any_isa, assert_all_same, assert_rejected, opcheck, unchanged
 
 EPS = torch.finfo(torch.float32).eps
 QSCHEMES = {
@@ -291,6 +291,7 @@ def test_rejects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
+@any_isa
 def test_kernel_rejects(backend: Backend, name: str) -> None:
     if not backend.cuda:
         assert_rejected(backend.op("choose_qparams"), arguments(**REJECTED[name][0]), Exception)

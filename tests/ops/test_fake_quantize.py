@@ -27,6 +27,7 @@ from .cases import (
     SHAPE,
     SIZES,
     SPECIAL,
+    any_isa,
     assert_all_same,
     assert_rejected,
     assert_same,
@@ -437,6 +438,7 @@ OUTS_REJECTED: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", OUTS_REJECTED)
+@any_isa
 def test_rejects_out(backend: Backend, name: str) -> None:
     out, error, match = OUTS_REJECTED[name]
     if backend.device != "cpu":
@@ -835,12 +837,14 @@ def test_rejects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
+@any_isa
 def test_kernel_rejects(backend: Backend, name: str) -> None:
     if not backend.cuda:
         for op in ("_fake_quantize", "_fake_quantize_mask"):
             assert_rejected(backend.op(op), arguments(**REJECTED[name][0]), Exception)
 
 
+@any_isa
 def test_rejects_other_inputs(backend: Backend) -> None:
     for x, came in not_dense_real_float().values():
         expected = f"^fake_quantize: x: expected a dense tensor of float32, .*, {came}"
@@ -863,6 +867,7 @@ def test_rejects_other_inputs(backend: Backend) -> None:
         {"grad": torch.zeros(40)[::2]},
     ],
 )
+@any_isa
 def test_backward_rejects(backend: Backend, changed: dict[str, Tensor]) -> None:
     given = {"grad": torch.ones(20), "mask": torch.full((3,), 255, dtype=torch.uint8), **changed}
     if not backend.cuda:

@@ -20,6 +20,7 @@ from .cases import (
     LAYOUTS,
     REJECTED_SWITCHES,
     SIZES,
+    any_isa,
     assert_all_same,
     assert_rejected,
     assert_same,
@@ -652,11 +653,13 @@ def test_rejects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
+@any_isa
 def test_kernel_rejects(backend: Backend, name: str) -> None:
     if not backend.cuda:
         assert_rejected(backend.op("histogram"), arguments(**REJECTED[name][0]), Exception)
 
 
+@any_isa
 def test_rejects_other_inputs(backend: Backend) -> None:
     for x, came in not_dense_real_float().values():
         expected = f"^histogram: x: expected a dense tensor of float32, .*, {came}"

@@ -18,6 +18,7 @@ from pyobserver.ops.kl_search import reference
 
 from .cases import (
     REJECTED_SWITCHES,
+    any_isa,
     assert_rejected,
     assert_same,
     opcheck,
@@ -338,6 +339,7 @@ def test_rejects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
+@any_isa
 def test_kernel_rejects(backend: Backend, name: str) -> None:
     if not backend.cuda:
         assert_rejected(backend.op("kl_search"), arguments(**REJECTED[name][0]), Exception)

@@ -29,6 +29,7 @@ from .cases import (
     SHAPE,
     SIZES,
     SPECIAL,
+    any_isa,
     assert_all_same,
     assert_rejected,
     assert_same,
@@ -714,11 +715,13 @@ def test_rejects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
+@any_isa
 def test_kernel_rejects(backend: Backend, name: str) -> None:
     if not backend.cuda:
         assert_rejected(backend.op("log_histogram"), arguments(**REJECTED[name][0]), Exception)
 
 
+@any_isa
 def test_rejects_other_inputs(backend: Backend) -> None:
     for x, came in not_dense_real_float().values():
         expected = f"^log_histogram: x: expected a dense tensor of float32, .*, {came}"

@@ -25,6 +25,7 @@ from .cases import (
     SHAPE,
     SIZES,
     SPECIAL,
+    any_isa,
     assert_all_same,
     assert_rejected,
     grid_of,
@@ -511,11 +512,13 @@ def test_rejects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
+@any_isa
 def test_kernel_rejects(backend: Backend, name: str) -> None:
     if not backend.cuda:
         assert_rejected(backend.op("minmax"), arguments(**REJECTED[name][0]), Exception)
 
 
+@any_isa
 def test_rejects_other_inputs(backend: Backend) -> None:
     for x, came in not_dense_real_float().values():
         expected = f"^minmax: x: expected a dense tensor of float32, .*, {came}"

@@ -17,6 +17,7 @@ from .cases import (
     REJECTED_BLOCKS,
     SHAPE,
     SIZES,
+    any_isa,
     assert_all_same,
     assert_rejected,
     assert_same,
@@ -494,12 +495,14 @@ def test_rejects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
+@any_isa
 def test_kernel_rejects(backend: Backend, name: str) -> None:
     if not backend.cuda:
         for op in ("_observe_fake_quantize", "_observe_fake_quantize_mask"):
             assert_rejected(backend.op(op), arguments(**REJECTED[name][0]), Exception)
 
 
+@any_isa
 def test_rejects_other_inputs(backend: Backend) -> None:
     for x, came in not_dense_real_float().values():
         expected = f"^observe_fake_quantize: x: expected a dense tensor of float32, .*, {came}"

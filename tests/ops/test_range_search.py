@@ -17,6 +17,7 @@ from pyobserver import native_status, ops
 
 from .cases import (
     REJECTED_SWITCHES,
+    any_isa,
     assert_all_same,
     assert_rejected,
     assert_same,
@@ -488,6 +489,7 @@ def test_rejects(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REJECTED)
+@any_isa
 def test_kernel_rejects(backend: Backend, name: str) -> None:
     if not backend.cuda:
         assert_rejected(backend.op("range_search"), arguments(**REJECTED[name][0]), Exception)
