@@ -157,12 +157,6 @@ def as_param(backend: Backend) -> Any:
     return pytest.param(backend, id=backend.name, marks=marks)
 
 
-def cuda_backends() -> list[Any]:
-    """Parameters of tests of the CUDA kernels."""
-    on_host = [ON_HOST] if cuda_on_host() is not None else []
-    return list(map(as_param, [*on_host, GPU]))
-
-
 def backends() -> list[Backend]:
     """All that this machine can run."""
     found = [Backend("reference")]
@@ -174,3 +168,8 @@ def backends() -> list[Backend]:
     if why_no_gpu() is None:
         found.append(GPU)
     return found
+
+
+def params(kept: Callable[[Backend], bool] = lambda backend: True) -> list[Any]:
+    """A test's parameters: what this machine can run, and the GPU."""
+    return [as_param(backend) for backend in dict.fromkeys([*backends(), GPU]) if kept(backend)]

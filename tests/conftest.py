@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from backends import GPU, Backend, as_param, backends
+from backends import Backend, backends, params
 
 # more only wait for each other: the tensors are small, and a test of threads says how many
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[as_param(each) for each in dict.fromkeys([*backends(), GPU])])
+@pytest.fixture(params=params())
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each kernel in turn; what was active before is restored."""
     chosen: Backend = request.param

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import backends, coded
+from backends import coded, params
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,7 +24,7 @@ properties = settings(derandomize=True, deadline=None, max_examples=50)
 
 # a backend of each library: arguments are checked before an instruction set is chosen
 any_isa = pytest.mark.parametrize(
-    "backend", [b for b in backends() if b.isa in (None, "baseline")], ids=str, indirect=True
+    "backend", params(lambda backend: backend.isa in (None, "baseline")), indirect=True
 )
 
 View = Callable[[Tensor], Tensor]

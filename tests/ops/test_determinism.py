@@ -6,9 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from backends import Backend, backends, cuda_backends
-
-import pyobserver
+from backends import Backend, backends, params
 
 from .cases import DTYPES, assert_all_same, threads
 from .work import OF_COUNTS, SEARCHES, WORK, values
@@ -37,20 +35,15 @@ pytestmark = [pytest.mark.once, pytest.mark.skipif(not NATIVE, reason="one kerne
 
 @cases(WORK)
 def test_same_bytes(name: str, dtype: torch.dtype) -> None:
-    build = pyobserver.native_status.build
-    isa = build.cpu_isa()
-    try:
-        expected = results(BASELINE[0], name, dtype, 1)
-        for backend in NATIVE:
-            for count in (1, 2, 3) if backend != BASELINE[0] else (2, 3):
-                found = results(backend, name, dtype, count)
-                same = [one == other for one, other in zip(found, expected, strict=True)]
-                assert all(same), (str(backend), count, same)
-    finally:
-        build.set_cpu_isa(isa)
+    expected = results(BASELINE[0], name, dtype, 1)
+    for backend in NATIVE:
+        for count in (1, 2, 3) if backend != BASELINE[0] else (2, 3):
+            found = results(backend, name, dtype, count)
+            same = [one == other for one, other in zip(found, expected, strict=True)]
+            assert all(same), (str(backend), count, same)
 
 
-@pytest.mark.parametrize("cuda", cuda_backends())
+@pytest.mark.parametrize("cuda", params(lambda backend: backend.cuda))
 @cases(WORK)
 def test_same_bytes_on_cuda(cuda: Backend, name: str, dtype: torch.dtype) -> None:
     expected = results(BASELINE[0], name, dtype, 1)
