@@ -14,6 +14,7 @@
 #pragma once
 
 #include "../../core/dtype.h"
+#include "../fake_quantize/fake_quantize.h"
 
 namespace pyobserver {
 
@@ -24,6 +25,14 @@ struct QParams {
   float scale;
   int64_t zero_point;
   float float_zero_point;  // of affine_float
+};
+
+struct QParamsArgs {
+  ZeroPointType zero_type;
+  const float* eps;  // where the ranges are
+  int64_t quant_min, quant_max;
+  Mapping mapping;
+  int64_t symmetric_zero_point;
 };
 
 PYOBS_HD float scale_of_width(float low, float high, float steps) {
@@ -106,6 +115,24 @@ PYOBS_HD QParams choose_qparams(float low, float high, float eps, int64_t quant_
   zero_point = zero_point < quant_min ? quant_min : zero_point;
   zero_point = zero_point > quant_max ? quant_max : zero_point;
   return {scale, zero_point, 0.0f};
+}
+
+// Of range i, to element i of the scales and zero points.
+PYOBS_HD void write_qparams(float low, float high, int64_t i, const QParamsArgs& args,
+                            float* scales, void* zero_points) {
+  const QParams qparams = choose_qparams(low, high, *args.eps, args.quant_min, args.quant_max,
+                                         args.mapping, args.symmetric_zero_point);
+  scales[i] = qparams.scale;
+  switch (args.zero_type) {
+    case ZeroPointType::float32:
+      static_cast<float*>(zero_points)[i] = qparams.float_zero_point;
+      break;
+    case ZeroPointType::int32:
+      static_cast<int32_t*>(zero_points)[i] = static_cast<int32_t>(qparams.zero_point);
+      break;
+    default:
+      static_cast<int64_t*>(zero_points)[i] = qparams.zero_point;
+  }
 }
 
 }  // namespace pyobserver

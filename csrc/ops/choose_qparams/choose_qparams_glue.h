@@ -1,19 +1,14 @@
-// What the glue of choose_qparams and observe_fake_quantize shares; a range is a few operations, so
-// there is no kernel per instruction set.
+// What the glue of choose_qparams and observe_fake_quantize shares, on the CPU and on CUDA; a range
+// is a few operations, so there is no kernel per instruction set.
 #pragma once
 
 #include "../../core/check.h"
+#include "../fake_quantize/fake_quantize_glue.h"
 #include "choose_qparams.h"
 
 namespace pyobserver {
 
-struct QParamsArgs {
-  ScalarType zero_dtype;
-  float eps;
-  int64_t quant_min, quant_max;
-  Mapping mapping;
-  int64_t symmetric_zero_point;
-};
+constexpr const char* kChooseQParams = "choose_qparams";
 
 inline QParamsArgs parse_qparams(const char* op, const Tensor& x, const Tensor& scale,
                                  const Tensor& zero_point, const Tensor& eps, int64_t quant_min,
@@ -41,24 +36,24 @@ inline QParamsArgs parse_qparams(const char* op, const Tensor& x, const Tensor& 
         ": quant_max: expected at least quant_min + 2 for fused_symmetric, got ", quant_max);
   check(symmetric_zero_point > -(int64_t{1} << 31) && symmetric_zero_point < (int64_t{1} << 31), op,
         ": symmetric_zero_point: expected an int32 value, got ", symmetric_zero_point);
-  return {zero_dtype, *const_data<float>(eps), quant_min, quant_max, mapping, symmetric_zero_point};
+  return {zero_point_type(zero_point), const_data<float>(eps), quant_min, quant_max, mapping,
+          symmetric_zero_point};
 }
 
-// Scale and zero point of `count` ranges; zero_points are of args.zero_dtype.
-inline void write_qparams(const float* lows, const float* highs, int64_t count,
-                          const QParamsArgs& args, float* scales, void* zero_points) {
-  for (int64_t i = 0; i < count; ++i) {
-    const QParams qparams = choose_qparams(lows[i], highs[i], args.eps, args.quant_min,
-                                           args.quant_max, args.mapping, args.symmetric_zero_point);
-    scales[i] = qparams.scale;
-    if (args.zero_dtype == ScalarType::Float) {
-      static_cast<float*>(zero_points)[i] = qparams.float_zero_point;
-    } else if (args.zero_dtype == ScalarType::Int) {
-      static_cast<int32_t*>(zero_points)[i] = static_cast<int32_t>(qparams.zero_point);
-    } else {
-      static_cast<int64_t*>(zero_points)[i] = qparams.zero_point;
-    }
-  }
+// The arguments of the op itself; its ranges are min_val's.
+inline QParamsArgs parse_choose_qparams(const Tensor& min_val, const Tensor& max_val,
+                                        const Tensor& scale, const Tensor& zero_point,
+                                        const Tensor& eps, int64_t quant_min, int64_t quant_max,
+                                        int64_t mapping, int64_t symmetric_zero_point) {
+  const int64_t count = min_val.numel();
+  check_state(kChooseQParams, "min_val", min_val, min_val, ScalarType::Float);
+  check_state(kChooseQParams, "max_val", max_val, min_val, ScalarType::Float);
+  check_numel(kChooseQParams, "max_val", max_val, count);
+  const QParamsArgs args = parse_qparams(kChooseQParams, min_val, scale, zero_point, eps, quant_min,
+                                         quant_max, mapping, symmetric_zero_point);
+  check_numel(kChooseQParams, "scale", scale, count);
+  check_numel(kChooseQParams, "zero_point", zero_point, count);
+  return args;
 }
 
 }  // namespace pyobserver
