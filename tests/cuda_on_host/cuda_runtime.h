@@ -32,6 +32,7 @@ struct NoGuard {
 #define __global__
 #define __device__
 #define __host__
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("cuda_on_host_shared"), aligned(16)))

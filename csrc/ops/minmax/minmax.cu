@@ -162,7 +162,7 @@ struct Found {
   // a single half is there twice
   static constexpr int words = values == 1 ? 1 : values / Word::values;
   uint32_t low[words], high[words];
-  int64_t nonfinite;
+  uint32_t nonfinite;  // of one thread: fewer than 2^32
 };
 
 template <class T, int values>
@@ -241,8 +241,8 @@ PYOBS_DEVICE void take(const uint32_t (&given)[kAhead][words], int64_t left, int
     for (int w = 0; w < words; ++w) {
       for (int k = 0; k < kAhead; ++k) {
         const uint32_t signs = not_finite<Word>(given[k][w]);
-        const int count = values == 1 ? signs != 0 : __popc(signs);
-        found->nonfinite += k * step < left ? count : 0;
+        const uint32_t count = values == 1 ? signs != 0 : __popc(signs);
+        found->nonfinite += k * step < left ? count : 0u;
         if (ignore) {
           const uint32_t up = replace<Word>(given[k][w], signs, Word::infinity);
           const uint32_t down = replace<Word>(given[k][w], signs, Word::infinity | kSigns<Word>);
@@ -284,7 +284,8 @@ struct DeviceMinmax {
   unsigned* finished;              // blocks, of those that share a range; 0 before
 };
 
-PYOBS_DEVICE void fold_into(const DeviceMinmax& state, int64_t group, const Keys& keys) {
+static __device__ __attribute__((noinline)) void fold_into(const DeviceMinmax& state, int64_t group,
+                                                           Keys keys) {
   const Range found = {-value_of_key(keys.low), value_of_key(keys.high)};
   const Range range =
       fold({state.lows[group], state.highs[group]}, found, state.update, state.averaging_constant);
@@ -370,6 +371,11 @@ PYOBS_DEVICE void take_run(const T* __restrict__ x, const DeviceLayout& layout, 
     head = head < count ? head : count;
     packs = (count - head) / kValues;
   }
+  const int64_t single = count - packs * kValues;
+  for (int64_t i = lane; i < single; i += lanes) {
+    const int64_t at = begin + (i < head ? i : i + packs * kValues);
+    take_value(x[place_of(layout, at)], ignore, found);
+  }
   const T* from = x + begin + head;
   for (int64_t pack = lane; pack < packs; pack += kAhead * lanes) {
     uint32_t words[kAhead][Found<T, kValues>::words];
@@ -378,11 +384,6 @@ PYOBS_DEVICE void take_run(const T* __restrict__ x, const DeviceLayout& layout, 
       load_words(from + (at < packs ? at : pack) * kValues, words[k]);
     }
     take(words, packs - pack, lanes, ignore, found);
-  }
-  const int64_t single = count - packs * kValues;
-  for (int64_t i = lane; i < single; i += lanes) {
-    const int64_t at = begin + (i < head ? i : i + packs * kValues);
-    take_value(x[place_of(layout, at)], ignore, found);
   }
 }
 
@@ -413,7 +414,9 @@ PYOBS_DEVICE int64_t kept_group(const DeviceLayout& layout, const RunsWork& work
 // A block for each part of a group.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads)
-    runs_kernel(const T* __restrict__ x, RunsWork work, DeviceLayout layout, DeviceMinmax state) {
+    runs_kernel(const T* __restrict__ x, const __grid_constant__ RunsWork work,
+                const __grid_constant__ DeviceLayout layout,
+                const __grid_constant__ DeviceMinmax state) {
   if (is_off(state.enabled)) {
     return;
   }
@@ -422,9 +425,9 @@ __global__ void __launch_bounds__(kMostThreads)
   const unsigned splits = work.row_splits * work.run_splits;
   Found<T, Pack<T>::size> found;
   found.nonfinite = 0;
-  for (int64_t task = blockIdx.x; task < work.groups * splits; task += gridDim.x) {
-    const int64_t group = task / splits;
-    const unsigned split = static_cast<unsigned>(task % splits);
+  const unsigned tasks = static_cast<unsigned>(work.groups) * splits;
+  for (unsigned task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const unsigned group = task / splits, split = task % splits;
     clear_extremes(&found);
     take_rows(x, layout, work, group, split / work.run_splits * teams + team,
               static_cast<int64_t>(work.row_splits) * teams, split % work.run_splits, lane,
@@ -456,7 +459,9 @@ __global__ void __launch_bounds__(kMostThreads)
 // Lanes of a warp for each group.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    teams_kernel(const T* __restrict__ x, RunsWork work, DeviceLayout layout, DeviceMinmax state) {
+    teams_kernel(const T* __restrict__ x, const __grid_constant__ RunsWork work,
+                 const __grid_constant__ DeviceLayout layout,
+                 const __grid_constant__ DeviceMinmax state) {
   if (is_off(state.enabled)) {
     return;
   }
@@ -485,98 +490,146 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A piece as a matrix whose rows are `period` loads: a few of its own rows, so that they fill whole
-// loads. Rows that remain are the tail.
+// loads. Rows that remain are the tail. A row is cut into tiles, which have whole groups.
 struct ColumnsWork {
   Pieces pieces;
-  int64_t period, rows;
-  int64_t tail;           // values
-  int64_t tiles, groups;  // of a piece; groups of a tile
-  int tile;               // loads
-  int abreast;            // rows that a block takes at a time
-  unsigned splits;        // blocks that share a tile
+  int64_t rows;
+  int period, channels, inner;
+  int tail;         // values
+  int tiles;        // of a piece
+  int tile;         // loads
+  int tile_groups;  // of all tiles but the last
+  int abreast;      // rows that a block takes at a time
+  int splits;       // blocks that share a tile
 };
 
+// What a block works on; its split of the rows of a tile.
+struct Tile {
+  int64_t set;
+  int first_load, first_group, groups, split;
+};
+
+PYOBS_DEVICE Tile tile_of(const ColumnsWork& work, unsigned task) {
+  const unsigned index = task / work.splits;
+  const int column = static_cast<int>(index % work.tiles);
+  const int first_group = column * work.tile_groups;
+  const int rest = work.channels - first_group;
+  return {static_cast<int64_t>(index / work.tiles), column * work.tile, first_group,
+          rest < work.tile_groups ? rest : work.tile_groups, static_cast<int>(task % work.splits)};
+}
+
+// Goes down the column `load` of a piece that begins at `start`, from row `first` on.
 template <class T, int values>
-__global__ void __launch_bounds__(kThreads)
-    columns_kernel(const T* __restrict__ x, ColumnsWork work, DeviceLayout layout,
-                   DeviceMinmax state) {
+PYOBS_DEVICE void take_column(const T* __restrict__ x, const DeviceLayout& layout,
+                              const ColumnsWork& work, int64_t start, int load, int first,
+                              bool ignore, Found<T, values>* found) {
+  const int step = work.splits * work.abreast;
+  const int64_t stride = static_cast<int64_t>(step) * work.period * values;
+  int64_t at = start + (static_cast<int64_t>(first) * work.period + load) * values;
+  for (int64_t left = work.rows - first; left > 0; left -= kAhead * step) {
+    uint32_t words[kAhead][Found<T, values>::words];
+    for (int k = 0; k < kAhead; ++k) {
+      const int64_t from = k * step < left ? at + k * stride : at;
+      load_words(x + (values == 1 ? place_of(layout, from) : from), words[k]);
+    }
+    take(words, left, step, ignore, found);
+    at += kAhead * stride;
+  }
+}
+
+// The rows that fill no whole load; returns how many values of the thread are not finite. Where
+// there are any, all groups are in one tile.
+template <class T>
+PYOBS_DEVICE uint32_t merge_tail(const T* __restrict__ x, const ColumnsWork& work, bool ignore,
+                                 uint32_t* lows, uint32_t* highs) {
+  uint32_t nonfinite = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < work.tail; i += kThreads) {
+    const float value = to_float(x[i]);
+    nonfinite += !is_finite(value);
+    if (is_finite(value) || !ignore) {
+      const int group = i % (work.channels * work.inner) / work.inner;
+      merge_atomically({key_of(-value), key_of(value)}, &lows[group], &highs[group]);
+    }
+  }
+  return nonfinite;
+}
+
+// What was found in column `load` goes to the groups of its values.
+template <class T, int values>
+PYOBS_DEVICE void merge_column(const Found<T, values>& found, const ColumnsWork& work,
+                               const Tile& tile, int load, uint32_t* lows, uint32_t* highs) {
+  const int64_t first = static_cast<int64_t>(load) * values;
+  const int column = static_cast<int>(first % (work.channels * work.inner));
+  int group = column / work.inner - tile.first_group;
+  int left = work.inner - column % work.inner;
+  Keys keys = kEmptyKeys;
+  for (int i = 0; i < values; ++i) {
+    keys = merge(keys, keys_at(found, i));
+    if (--left == 0 || i + 1 == values) {
+      merge_atomically(keys, &lows[group], &highs[group]);
+      keys = kEmptyKeys;
+      left = work.inner;
+      group = group + 1 == tile.groups ? 0 : group + 1;
+    }
+  }
+}
+
+// The tile's groups, whose keys the block has, into the state; by the last block of a tile.
+PYOBS_DEVICE void fold_tile(const DeviceMinmax& state, const ColumnsWork& work, int64_t first,
+                            int groups, unsigned* finished, const uint32_t* lows,
+                            const uint32_t* highs) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool shared = work.splits > 1;
+  for (int i = thread; shared && i < groups; i += kThreads) {
+    merge_atomically({lows[i], highs[i]}, &state.low_keys[first + i], &state.high_keys[first + i]);
+  }
+  if (shared && !is_last_block(finished, work.splits)) {
+    return;
+  }
+  for (int i = thread; i < groups; i += kThreads) {
+    fold_into(state, first + i, shared ? shared_keys(state, first + i) : Keys{lows[i], highs[i]});
+  }
+}
+
+template <class T, int values>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    columns_kernel(const T* __restrict__ x, const __grid_constant__ ColumnsWork work,
+                   const __grid_constant__ DeviceLayout layout,
+                   const __grid_constant__ DeviceMinmax state) {
+  __shared__ uint32_t lows[kThreads * values], highs[kThreads * values];  // keys of the tile
   if (is_off(state.enabled)) {
     return;
   }
-  __shared__ uint32_t lows[kThreads * values], highs[kThreads * values];  // keys of the tile
-  const int64_t width = layout.channels * layout.inner;
-  const int row_of_thread = static_cast<int>(threadIdx.x) / work.tile;
-  const int load_of_thread = static_cast<int>(threadIdx.x) % work.tile;
-  const int64_t step = static_cast<int64_t>(work.splits) * work.abreast;
+  const unsigned tasks = static_cast<unsigned>(work.pieces.kept) * work.tiles * work.splits;
   Found<T, values> found;
   found.nonfinite = 0;
-  for (int64_t task = blockIdx.x; task < work.pieces.kept * work.tiles * work.splits;
-       task += gridDim.x) {
-    const unsigned split = static_cast<unsigned>(task % work.splits);
-    const int64_t tile = task / work.splits;
-    const int64_t set = tile / work.tiles;
-    const int64_t load = tile % work.tiles * work.tile + load_of_thread;
-    const int64_t first_group = tile % work.tiles * work.groups;
-    const int groups = static_cast<int>(
-        work.groups < layout.channels - first_group ? work.groups : layout.channels - first_group);
-    for (int i = static_cast<int>(threadIdx.x); i < groups; i += kThreads) {
+  for (unsigned task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const Tile tile = tile_of(work, task);
+    for (int i = static_cast<int>(threadIdx.x); i < tile.groups; i += kThreads) {
       lows[i] = highs[i] = kEmptyKey;
     }
     __syncthreads();
-    const bool has_load = row_of_thread < work.abreast && load < work.period;
+    const int row = static_cast<int>(threadIdx.x) / work.tile;
+    const int load = tile.first_load + static_cast<int>(threadIdx.x) % work.tile;
+    const bool has_load = row < work.abreast && load < work.period;
     clear_extremes(&found);
     for (int64_t piece = 0; piece < work.pieces.reduced; ++piece) {
-      const int64_t start = row_start(layout, work.pieces, set, piece * work.pieces.outer);
-      const int64_t first = static_cast<int64_t>(split) * work.abreast + row_of_thread;
-      for (int64_t row = first; has_load && row < work.rows; row += kAhead * step) {
-        uint32_t words[kAhead][Found<T, values>::words];
-        for (int k = 0; k < kAhead; ++k) {
-          const int64_t at = row + k * step;
-          const int64_t from = start + ((at < work.rows ? at : row) * work.period + load) * values;
-          load_words(x + (values == 1 ? place_of(layout, from) : from), words[k]);
-        }
-        take(words, work.rows - row, step, state.ignore, &found);
+      const int64_t start = row_start(layout, work.pieces, tile.set, piece * work.pieces.outer);
+      if (has_load) {
+        take_column(x, layout, work, start, load, tile.split * work.abreast + row, state.ignore,
+                    &found);
       }
-      if (split == 0) {  // a piece with a tail has one tile
-        for (int64_t i = threadIdx.x; i < work.tail; i += kThreads) {
-          const float value = to_float(x[start + work.rows * work.period * values + i]);
-          found.nonfinite += !is_finite(value);
-          if (is_finite(value) || !state.ignore) {
-            const int64_t group = i % width / layout.inner;
-            merge_atomically({key_of(-value), key_of(value)}, &lows[group], &highs[group]);
-          }
-        }
+      if (tile.split == 0 && work.tail > 0) {
+        const T* tail = x + start + work.rows * work.period * values;
+        found.nonfinite += merge_tail(tail, work, state.ignore, lows, highs);
       }
     }
     if (has_load) {
-      const int64_t column = load * values % width;
-      int group = static_cast<int>(column / layout.inner - first_group);
-      int64_t left = layout.inner - column % layout.inner;
-      Keys keys = kEmptyKeys;
-      for (int i = 0; i < values; ++i) {
-        keys = merge(keys, keys_at(found, i));
-        if (--left == 0 || i + 1 == values) {
-          merge_atomically(keys, &lows[group], &highs[group]);
-          keys = kEmptyKeys;
-          left = layout.inner;
-          group = group + 1 == groups ? 0 : group + 1;
-        }
-      }
+      merge_column(found, work, tile, load, lows, highs);
     }
     __syncthreads();
-    const int64_t kept = set_start(layout, set) + first_group;
-    bool last = true;
-    if (work.splits > 1) {
-      for (int i = static_cast<int>(threadIdx.x); i < groups; i += kThreads) {
-        merge_atomically({lows[i], highs[i]}, &state.low_keys[kept + i],
-                         &state.high_keys[kept + i]);
-      }
-      last = is_last_block(&state.finished[tile], work.splits);
-    }
-    for (int i = static_cast<int>(threadIdx.x); last && i < groups; i += kThreads) {
-      fold_into(state, kept + i,
-                work.splits > 1 ? shared_keys(state, kept + i) : Keys{lows[i], highs[i]});
-    }
+    fold_tile(state, work, set_start(layout, tile.set) + tile.first_group, tile.groups,
+              &state.finished[task / work.splits], lows, highs);
     __syncthreads();  // the keys have been read
   }
   add_nonfinite(state, layout.repeat, found.nonfinite);
@@ -685,30 +738,30 @@ void launch_runs(const Call& call) {
                 static_cast<unsigned>(threads));
 }
 
-// Cuts the rows of a piece into tiles; loads are of so many values.
+// Loads are of so many values.
 ColumnsWork columns_work(const Call& call, int64_t values) {
-  const int64_t inner = call.layout.inner, channels = call.layout.channels;
-  const int64_t width = channels * inner;
+  const int64_t inner = call.layout.inner, width = call.layout.channels * inner;
+  const int64_t period = std::lcm(width, values) / values;
+  const int64_t joined = period * values / width;          // rows that fill whole loads
+  const int64_t grain = std::lcm(inner, values) / values;  // loads that fill whole groups
   ColumnsWork work = {};
   work.pieces = call.pieces;
-  work.period = std::lcm(width, values) / values;
-  const int64_t joined = work.period * values / width;  // rows that fill whole loads
   work.rows = call.pieces.outer / joined;
-  work.tail = call.pieces.outer % joined * width;
-  work.tiles = 1;
-  work.groups = channels;
-  work.tile = static_cast<int>(std::min<int64_t>(work.period, kThreads));
-  work.abreast = kThreads / work.tile;
-  if (work.period > kThreads) {  // each tile with all loads of its groups
-    const int64_t grain = std::lcm(inner, values) / values;
-    const int64_t least = divide_up(work.period, std::max<int64_t>(1, kThreads / grain) * grain);
-    const int64_t tile = divide_up(divide_up(work.period, least), grain) * grain;
-    work.tile = static_cast<int>(tile);
-    work.tiles = divide_up(work.period, tile);
-    work.groups = tile * values / inner;
+  work.period = static_cast<int>(period);
+  work.channels = static_cast<int>(call.layout.channels);
+  work.inner = static_cast<int>(inner);
+  work.tail = static_cast<int>(call.pieces.outer % joined * width);
+  int64_t tile = period;
+  if (period > kThreads) {
+    const int64_t tiles = divide_up(period, kThreads / grain * grain);
+    tile = divide_up(divide_up(period, tiles), grain) * grain;
   }
-  work.splits = static_cast<unsigned>(std::min<int64_t>(call.splits(call.pieces.kept * work.tiles),
-                                                        divide_up(work.rows, work.abreast)));
+  work.tiles = static_cast<int>(divide_up(period, tile));
+  work.tile = static_cast<int>(tile);
+  work.tile_groups = work.tiles == 1 ? work.channels : static_cast<int>(tile * values / inner);
+  work.abreast = static_cast<int>(kThreads / tile);
+  work.splits = static_cast<int>(std::min<int64_t>(call.splits(call.pieces.kept * work.tiles),
+                                                   divide_up(work.rows, work.abreast)));
   return work;
 }
 
@@ -740,7 +793,9 @@ void launch(const Call& call) {
   const DeviceLayout& layout = call.layout;
   const int64_t values = 16 / element_size(call.dtype);
   const int64_t piece_bytes = layout.piece * element_size(call.dtype);
-  if (layout.channels > 1 && call.pieces.outer >= kLeastRows && piece_bytes >= kColumnBytes) {
+  const bool narrow = layout.channels * layout.inner <= INT32_MAX / kThreads;
+  if (layout.channels > 1 && narrow && call.pieces.outer >= kLeastRows &&
+      piece_bytes >= kColumnBytes) {
     const bool whole_loads = loads_fit(call, values);
     // long rows too where their ends would be single values
     if (layout.inner < kShortRun || (whole_loads && layout.inner % values != 0)) {
