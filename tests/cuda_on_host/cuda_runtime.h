@@ -35,14 +35,15 @@ struct NoGuard {
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __shared__ static __attribute__((section("cuda_on_host_shared"), aligned(16)))
+// thread-local, so that the scheduler finds it, in templates too: they take no section
+#define __shared__ static thread_local __attribute__((aligned(16)))
 #define PYOBS_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(cuda_on_host::dynamic_shared())
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // one grid is run at a time
 
 namespace cuda_on_host {
 

@@ -1,4 +1,5 @@
 // The fibers of a grid and their turns. A few blocks are at work at once, and take turns too.
+#include <link.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -13,9 +14,6 @@
 #include <vector>
 
 #include "cuda_runtime.h"
-
-extern char __start_cuda_on_host_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_cuda_on_host_shared[] __attribute__((weak, visibility("hidden")));
 
 namespace cuda_on_host {
 namespace {
@@ -189,10 +187,22 @@ class Block {
   }
 };
 
-size_t static_bytes() {
-  return __start_cuda_on_host_shared == nullptr
-             ? 0
-             : static_cast<size_t>(__stop_cuda_on_host_shared - __start_cuda_on_host_shared);
+// The static shared memory: all thread-local variables of this library.
+struct Statics {
+  char* data;
+  size_t bytes;
+} statics;
+
+int find_statics(dl_phdr_info* library, size_t, void* inside) {
+  for (int i = 0; i < library->dlpi_phnum; ++i) {
+    const size_t bytes = library->dlpi_phdr[i].p_memsz;
+    auto* data = static_cast<char*>(library->dlpi_tls_data);
+    const size_t offset = static_cast<char*>(inside) - data;
+    if (library->dlpi_phdr[i].p_type == PT_TLS && data != nullptr && offset < bytes) {
+      statics = {data, bytes};
+    }
+  }
+  return 0;
 }
 
 void Block::start(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(void*),
@@ -203,7 +213,7 @@ void Block::start(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(vo
   at_barrier_ = 0;
   body_ = body;
   argument_ = argument;
-  statics_.assign(static_bytes(), static_cast<char>(kGarbage));
+  statics_.assign(statics.bytes, static_cast<char>(kGarbage));
   shared_.assign(shared_bytes, kGarbage);
   runnable_.clear();
   while (fibers_.size() < threads_) {
@@ -217,7 +227,7 @@ void Block::start(dim3 index, dim3 threads, size_t shared_bytes, void (*body)(vo
 bool Block::go_on(uint64_t turns) {
   blockIdx = index_;
   blockDim = dimensions_;
-  std::copy(statics_.begin(), statics_.end(), __start_cuda_on_host_shared);
+  std::copy(statics_.begin(), statics_.end(), statics.data);
   for (; turns > 0 && alive_ > 0; --turns) {
     if (runnable_.empty()) {
       throw std::runtime_error("CUDA on the host: threads wait for each other for ever");
@@ -244,12 +254,12 @@ bool Block::go_on(uint64_t turns) {
       open_barrier();
     }
   }
-  std::copy_n(__start_cuda_on_host_shared, statics_.size(), statics_.begin());
+  std::copy_n(statics.data, statics_.size(), statics_.begin());
   return alive_ > 0;
 }
 
-thread_local Block* running = nullptr;
-std::mutex one_at_a_time;  // the shared memory is static
+Block* running = nullptr;
+std::mutex one_at_a_time;
 
 }  // namespace
 
@@ -265,6 +275,8 @@ void count_sync() { ++counters.syncs; }
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {
   constexpr size_t kResident = 3;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
+  static thread_local char inside;
+  dl_iterate_phdr(find_statics, &inside);
   // a failed grid leaves fibers in the middle of their work: the next one gets others
   static auto& idle = *new std::vector<std::unique_ptr<Block>>();
   std::vector<unsigned> order(size_t{grid.x} * grid.y);
