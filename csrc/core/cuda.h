@@ -112,4 +112,24 @@ class DeviceScratch {
   Tensor memory_;
 };
 
+// Memory of so many bytes for each block of a grid: shared where that suffices, else the device's.
+class BlockMemory {
+ public:
+  BlockMemory(const CudaContext& cuda, const Tensor& like, int64_t bytes, unsigned blocks)
+      : bytes_((bytes + 15) / 16 * 16) {
+    constexpr int64_t kOfKernels = 4 << 10;  // shared variables count too
+    if (bytes_ > cuda.most_shared_bytes() - kOfKernels) {
+      scratch_.emplace(like, bytes_ * blocks);
+    }
+  }
+  int64_t shared_bytes() const { return scratch_.has_value() ? 0 : bytes_; }
+  MemoryOfBlocks of_blocks() const {
+    return {scratch_.has_value() ? scratch_->at<unsigned char>(0) : nullptr, bytes_};
+  }
+
+ private:
+  int64_t bytes_;
+  std::optional<DeviceScratch> scratch_;
+};
+
 }  // namespace pyobserver

@@ -73,6 +73,17 @@ PYOBS_DEVICE bool is_last_block(unsigned* count, unsigned blocks) {
   return result;
 }
 
+// The memory that a launch gives each block of its grid; see BlockMemory.
+struct MemoryOfBlocks {
+  unsigned char* scratch;  // null: the dynamic shared memory
+  int64_t bytes;
+};
+
+PYOBS_DEVICE unsigned char* memory_of_block(const MemoryOfBlocks& memory) {
+  PYOBS_DYNAMIC_SHARED(unsigned char, shared);
+  return memory.scratch == nullptr ? shared : memory.scratch + memory.bytes * blockIdx.x;
+}
+
 // A switch of the state, uint8, bool or int64; null is on.
 struct DeviceSwitch {
   const void* flag;

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "dtype.h"
+#include "sums.h"
 
 namespace pyobserver::PYOBS_ISA {
 
@@ -54,14 +55,6 @@ PYOBS_HD T fold_lanes(const Vector<T>& vector, const Op& op) {
     folded = op(folded, (Half)((Words)folded >> bits));
   }
   return folded[0];
-}
-
-// A sum of doubles is taken in so many, in turn, and those in one order: the same for every
-// instruction set.
-constexpr int kSums = 8;
-
-PYOBS_HD double total_of(const double* sums) {
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 }  // namespace pyobserver::PYOBS_ISA

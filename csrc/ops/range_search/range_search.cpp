@@ -1,5 +1,5 @@
 // CPU glue of range_search.
-#include "range_search.h"
+#include "range_search_glue.h"
 
 #include <algorithm>
 #include <memory>
@@ -7,17 +7,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../../core/check.h"
 #include "../../core/layout.h"
 #include "../../core/parallel.h"
 
 namespace pyobserver {
 namespace {
-
-constexpr const char* kOp = "range_search";
-
-// Above this size torch would sum in an order that depends on its threads.
-constexpr int32_t kMostBinsForTorchSum = 16384;
 
 // The totals as torch.sum of float32 counts gives them, in an order that depends on the vectors
 // torch was built for: the search compares quantiles of it with cumulative counts, and a total one
@@ -42,48 +36,27 @@ std::vector<double> totals(const Tensor& counts, int64_t histograms, int32_t bin
 std::tuple<Tensor, Tensor> range_search(const Tensor& counts, const Tensor& min_val,
                                         const Tensor& max_val, int64_t num_levels,
                                         std::optional<Tensor> enabled) {
-  check_state(kOp, "counts", counts, counts, ScalarType::Double);
-  check(counts.dim() >= 1 && counts.size(counts.dim() - 1) >= 2 &&
-            counts.size(counts.dim() - 1) < (1 << 30),
-        kOp, ": counts: expected shape (..., bins) with at least 2 bins, got ", counts.dim(),
-        " dimensions and ", counts.numel(), " values");
-  const int32_t bins = static_cast<int32_t>(counts.size(counts.dim() - 1));
-  const int64_t histograms = counts.numel() / bins;
-  check_state(kOp, "min_val", min_val, counts, ScalarType::Float);
-  check_state(kOp, "max_val", max_val, counts, ScalarType::Float);
-  check_numel(kOp, "min_val", min_val, histograms);
-  check_numel(kOp, "max_val", max_val, histograms);
-  check(num_levels >= 2, kOp, ": num_levels: expected at least 2, got ", num_levels);
-  const bool off = is_off(kOp, "enabled", enabled, counts);
+  const RangeSearchArgs args = parse_range_search(counts, min_val, max_val, num_levels);
+  const bool off = is_off(kRangeSearch, "enabled", enabled, counts);
 
   const Tensor new_min = empty_output(min_val, true);
   const Tensor new_max = empty_output(max_val, true);
-  const double* all_counts = const_data<double>(counts);
-  const float* lows = const_data<float>(min_val);
-  const float* highs = const_data<float>(max_val);
   float* new_lows = mutable_data<float>(new_min);
   float* new_highs = mutable_data<float>(new_max);
+  const int32_t bins = args.bins;
+  const int64_t histograms = args.histograms;
   const auto& table = range_search_table();
   const std::vector<double> all_totals =
       off ? std::vector<double>(histograms) : totals(counts, histograms, bins);
   const auto search = [&](int64_t i, const SearchScratch& scratch) {
-    new_lows[i] = lows[i];
-    new_highs[i] = highs[i];
-    if (off || !is_finite(lows[i]) || !is_finite(highs[i]) || !(lows[i] < highs[i]) ||
-        !(all_totals[i] > 0.0)) {
-      return;
+    FloatRange range = {args.lows[i], args.highs[i]};
+    if (is_searchable(range, all_totals[i])) {
+      const BinSpan span = table.greedy_l2(args.counts + i * bins, bins, bin_width_of(range, bins),
+                                           all_totals[i], num_levels, scratch);
+      range = range_of(range, bins, span);
     }
-    const double width = (static_cast<double>(highs[i]) - static_cast<double>(lows[i])) / bins;
-    const BinSpan span =
-        table.greedy_l2(all_counts + i * bins, bins, width, all_totals[i], num_levels, scratch);
-    const float step = (highs[i] - lows[i]) / static_cast<float>(bins);
-    if (is_finite(step)) {
-      new_lows[i] = lows[i] + step * static_cast<float>(span.first);
-      new_highs[i] = lows[i] + step * static_cast<float>(span.last + 1);
-    } else {  // a width above the greatest float32
-      new_lows[i] = static_cast<float>(static_cast<double>(lows[i]) + width * span.first);
-      new_highs[i] = static_cast<float>(static_cast<double>(lows[i]) + width * (span.last + 1));
-    }
+    new_lows[i] = range.low;
+    new_highs[i] = range.high;
   };
   const int64_t parts =
       std::min<int64_t>(histograms, static_cast<int64_t>(torch::stable::get_num_threads()));

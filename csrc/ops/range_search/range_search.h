@@ -19,6 +19,32 @@ struct BinSpan {
   int32_t first, last;
 };
 
+struct FloatRange {
+  float low, high;
+};
+
+// Where there is something to search.
+PYOBS_HD bool is_searchable(FloatRange range, double total) {
+  return is_finite(range.low) && is_finite(range.high) && range.low < range.high && total > 0.0;
+}
+
+PYOBS_HD double bin_width_of(FloatRange range, int32_t bins) {
+  return (static_cast<double>(range.high) - static_cast<double>(range.low)) / bins;
+}
+
+// The range of some bins of one.
+PYOBS_HD FloatRange range_of(FloatRange range, int32_t bins, BinSpan span) {
+  const float step = (range.high - range.low) / static_cast<float>(bins);
+  if (is_finite(step)) {
+    return {range.low + step * static_cast<float>(span.first),
+            range.low + step * static_cast<float>(span.last + 1)};
+  }
+  // a width above the greatest float32
+  const double low = static_cast<double>(range.low), width = bin_width_of(range, bins);
+  return {static_cast<float>(low + width * span.first),
+          static_cast<float>(low + width * (span.last + 1))};
+}
+
 struct ErrorParams {
   float bin_width, level_width, half_level;
   int32_t start;
@@ -28,7 +54,7 @@ struct ErrorParams {
   float inside_top;  // a distance within the top level
 };
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
 #define PYOBS_HAS_FMA 1  // elsewhere it is a library call
 #else
 #define PYOBS_HAS_FMA 0
@@ -107,6 +133,113 @@ PYOBS_HD float bin_error(int32_t bin, float density, const ErrorParams& p) {
   float error = density * Levels::third(cube(p.half_level) - cube(below));
   error += (last - first - 1.0f) * (density * p.per_level);
   return error + density * Levels::third(cube(above) - cube(-p.half_level));
+}
+
+// bin_width: scaled by a power of two to below 1.
+PYOBS_HD ErrorParams error_params(double bin_width, BinSpan span, int64_t num_levels) {
+  const double level_width =
+      bin_width * (span.last - span.first + 1) / static_cast<double>(num_levels);
+  ErrorParams params;
+  params.bin_width = static_cast<float>(bin_width);
+  params.level_width = static_cast<float>(level_width);
+  params.half_level = static_cast<float>(level_width / 2);
+  params.start = span.first;
+  params.top_level = static_cast<float>(num_levels - 1);
+  params.per_level = (cube(params.half_level) - cube(-params.half_level)) / 3.0f;
+  params.per_width = 1.0f / params.level_width;
+  params.inside_top = (params.top_level + 0.5f) * params.level_width;
+  return params;
+}
+
+constexpr double kQuantileStep = 1e-5;
+
+// Where beta gets to by steps of its own until the kept bins may change: as far as beta * total
+// is not below `reached`, within one power of two.
+//
+// There, from 1 down to 2^-10, all values are multiples of one unit, and none is at a tie: the
+// step's last bit is at 2^-69, which is half a unit only below 2^-15. So each step takes off the
+// same multiple of the unit, and a multiple of that is exact while the difference is above the
+// border.
+PYOBS_HD double skip_idle_steps(double beta, double total, float reached) {
+  if (beta <= 0x1p-10) {
+    return beta;
+  }
+  double border = 0.5;
+  while (border >= beta) {
+    border /= 2;
+  }
+  const double step = beta - (beta - kQuantileStep);
+  double skipped = 0.0;
+  for (double more = 0x1p16; more >= 1.0; more /= 2) {
+    const double next = beta - (skipped + more) * step;
+    if (next > border && !(reached > static_cast<float>(next * total))) {
+      skipped += more;
+    }
+  }
+  return beta - skipped * step;
+}
+
+// A search as it goes.
+struct GreedySearch {
+  const float* cumulative;
+  double total, alpha, beta, best;
+  BinSpan span;
+  int32_t left, right;
+};
+
+PYOBS_HD GreedySearch start_search(const float* cumulative, int32_t bins, double total) {
+  return {cumulative, total, 0.0, 1.0, __builtin_huge_val(), {0, bins - 1}, 0, bins - 1};
+}
+
+// The bins to try next; false where all were.
+PYOBS_HD bool next_span(GreedySearch* search, BinSpan* next) {
+  const float* cumulative = search->cumulative;
+  const BinSpan span = search->span;
+  while (search->alpha < search->beta) {
+    const double next_alpha = search->alpha + kQuantileStep;
+    const double next_beta = search->beta - kQuantileStep;
+    // comparisons with the quantiles are float32's, as in torch
+    const float lower = static_cast<float>(next_alpha * search->total);
+    const float upper = static_cast<float>(next_beta * search->total);
+    // both move inward only, so they go on from where they were
+    int32_t left = search->left > span.last ? span.last : search->left;
+    int32_t right = search->right < span.first ? span.first : search->right;
+    while (left < span.last && cumulative[left] < lower) {
+      ++left;
+    }
+    while (right > span.first && cumulative[right] > upper) {
+      --right;
+    }
+    search->left = left;
+    search->right = right;
+    *next = span;
+    if (left - span.first > span.last - right) {
+      next->first = left;
+      search->alpha = next_alpha;
+    } else {
+      next->last = right;
+      search->beta = next_beta;
+    }
+    if (next->first != span.first || next->last != span.last) {
+      return true;
+    }
+    if (span.first == span.last) {
+      return false;
+    }
+    // alpha stays until beta has moved the last bin; when it passes alpha first, all ends anyway
+    search->beta = skip_idle_steps(search->beta, search->total, cumulative[span.last]);
+  }
+  return false;
+}
+
+// Keeps the bins tried; false where they err more than those before, and the search ends.
+PYOBS_HD bool keep_span(GreedySearch* search, BinSpan tried, double error) {
+  if (error > search->best) {
+    return false;
+  }
+  search->best = error;
+  search->span = tried;
+  return true;
 }
 
 // Room for a search, each of as many as the bins and kSearchPadding: a bin after the last block of
