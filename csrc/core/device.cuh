@@ -59,6 +59,34 @@ PYOBS_DEVICE T reduce_block(T value, T identity, const Op& op) {
   return reduce_warp(lane < blockDim.x / kWarp ? of_warps[lane] : identity, op);
 }
 
+// The sum of the values of all threads before, and the sum of all, to each. Called as reduce_block.
+template <class T>
+struct Scanned {
+  T before, all;
+};
+
+template <class T>
+PYOBS_DEVICE Scanned<T> scan_block(T value) {
+  __shared__ T of_warps[kMostWarps];
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  T upto = value;
+  for (unsigned by = 1; by < kWarp; by *= 2) {
+    const T below = __shfl_up_sync(kAllLanes, upto, by);
+    upto += lane >= by ? below : T(0);
+  }
+  __syncthreads();  // the values of the call before have been read
+  if (lane == kWarp - 1) {
+    of_warps[warp] = upto;
+  }
+  __syncthreads();
+  Scanned<T> found = {upto - value, T(0)};
+  for (unsigned i = 0; i < blockDim.x / kWarp; ++i) {
+    found.before += i < warp ? of_warps[i] : T(0);
+    found.all += of_warps[i];
+  }
+  return found;
+}
+
 // True in the block that comes last of so many to pass here, which then sees all that the others
 // wrote before. count: of the device, zero before.
 PYOBS_DEVICE bool is_last_block(unsigned* count, unsigned blocks) {

@@ -1,51 +1,21 @@
 // CPU glue of kl_search.
-#include "kl_search.h"
+#include "kl_search_glue.h"
 
 #include <algorithm>
 #include <memory>
 #include <optional>
-#include <vector>
 
-#include "../../core/check.h"
-#include "../../core/layout.h"
 #include "../../core/parallel.h"
 
 namespace pyobserver {
 namespace {
 
-constexpr const char* kOp = "kl_search";
-
-// One int64 for each histogram.
-Tensor empty_result(const Tensor& counts) {
-  const int64_t dims = counts.dim() - 1;
-  std::vector<int64_t> sizes(dims), strides(dims);
-  int64_t step = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    sizes[d] = counts.size(d);
-    strides[d] = step;
-    step *= std::max<int64_t>(sizes[d], 1);
-  }
-  return empty_strided(counts, {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
-                       aoti_torch_dtype_int64());
-}
-
 Tensor kl_search(const Tensor& counts, int64_t num_levels, int64_t start_bin, int64_t stride,
                  std::optional<Tensor> enabled) {
-  check_state(kOp, "counts", counts, counts, ScalarType::Double);
-  check(counts.dim() >= 1 && counts.size(counts.dim() - 1) >= 2 &&
-            counts.size(counts.dim() - 1) < (1 << 30),
-        kOp, ": counts: expected shape (..., bins) with at least 2 bins, got ", counts.dim(),
-        " dimensions and ", counts.numel(), " values");
-  check(num_levels >= 2, kOp, ": num_levels: expected at least 2, got ", num_levels);
-  check(start_bin >= 1, kOp, ": start_bin: expected at least 1, got ", start_bin);
-  check(stride >= 1, kOp, ": stride: expected at least 1, got ", stride);
-  const bool off = is_off(kOp, "enabled", enabled, counts);
-
-  const int64_t bins = counts.size(counts.dim() - 1);
-  const int64_t histograms = counts.numel() / bins;
-  const int64_t start = std::min(start_bin, bins);
+  const KlSearchArgs args = parse_kl_search(counts, num_levels, start_bin, stride);
+  const bool off = is_off(kKlSearch, "enabled", enabled, counts);
   const Tensor result = empty_result(counts);
-  const double* all_counts = const_data<double>(counts);
+  const int64_t bins = args.bins, histograms = args.histograms;
   auto* kept = mutable_data<int64_t>(result);
   if (off) {
     std::fill(kept, kept + histograms, bins);
@@ -61,7 +31,8 @@ Tensor kl_search(const Tensor& counts, int64_t num_levels, int64_t start_bin, in
     for_each_part(histograms, parts, 1, [&](int64_t part, int64_t begin, int64_t end) {
       const KlScratch scratch = {&sums[part * room], &divergences[part * room]};
       for (int64_t i = begin; i < end; ++i) {
-        kept[i] = table.search(all_counts + i * bins, bins, num_levels, start, stride, scratch);
+        kept[i] = table.search(args.counts + i * bins, bins, args.num_levels, args.start,
+                               args.stride, scratch);
       }
     });
   }

@@ -73,6 +73,98 @@ struct KlSums {
   int64_t counts, entropy, occupied;
 };
 
+// What is not positive counts as empty, and the first bin has the counts of the second: zeros of an
+// activation, which would outweigh all else, are exact on any grid.
+PYOBS_HD double kl_count(const double* counts, int64_t bin) {
+  const double count = counts[bin == 0 ? 1 : bin];
+  return count > 0.0 ? count : 0.0;
+}
+
+PYOBS_HD bool has_kl_counts(double most) { return most > 0.0 && most != __builtin_huge_val(); }
+
+// Counts as integers: in a unit that keeps their sum below 2^62, at least one where there is any
+// count. The unit is the product of two, as it may be no float64 itself.
+struct KlUnit {
+  double scale, rest;
+};
+
+PYOBS_HD KlUnit kl_unit(double most, int64_t bins) {
+  int exponent = 0;
+  __builtin_frexp(most, &exponent);
+  int shift = 62 - exponent;
+  for (int64_t room = 1; room < bins; room *= 2) {
+    --shift;
+  }
+  const int half = shift >> 1;
+  return {__builtin_ldexp(1.0, half), __builtin_ldexp(1.0, shift - half)};
+}
+
+PYOBS_HD int64_t kl_integer(double count, const KlUnit& unit) {
+  const auto scaled = static_cast<int64_t>(__builtin_rint(count * unit.scale * unit.rest));
+  const int64_t occupied = count > 0.0 ? 1 : 0;
+  return scaled > occupied ? scaled : occupied;
+}
+
+// A power of two that makes the total a number in [1/2, 1).
+PYOBS_HD double kl_share(int64_t total) {
+  double share = 1.0;
+  for (; total > 0; total /= 2) {
+    share /= 2;
+  }
+  return share;
+}
+
+PYOBS_HD int64_t kl_entropy(int64_t count, double share) {
+  const double counts = static_cast<double>(count) * share;
+  return static_cast<int64_t>(__builtin_rint(counts * -kl_log(counts) * (1.0 / kEntropyUnit)));
+}
+
+// What lies between two bins, in float64.
+struct KlLevel {
+  double occupied, counts, entropy;
+};
+
+PYOBS_HD KlLevel kl_level(const KlSums& begin, const KlSums& end, double share) {
+  return {static_cast<double>(end.occupied - begin.occupied),
+          static_cast<double>(end.counts - begin.counts) * share,
+          static_cast<double>(end.entropy - begin.entropy) * kEntropyUnit};
+}
+
+// The levels of a candidate: with more than bins each bin has its own all the same.
+PYOBS_HD int32_t kl_levels(int64_t kept, int64_t num_levels) {
+  return static_cast<int32_t>(num_levels < kept ? num_levels : kept);
+}
+
+// Where level `index` begins, of those `step` bins wide: numpy.linspace(0, kept, levels + 1),
+// rounded up.
+PYOBS_HD int32_t kl_edge(int32_t index, double step) {
+  return static_cast<int32_t>(__builtin_ceil(static_cast<double>(index) * step));
+}
+
+PYOBS_HD bool has_empty_end(const KlSums* sums, int64_t bins, int64_t kept) {
+  return sums[bins].counts > sums[kept].counts && sums[kept].counts == sums[kept - 1].counts;
+}
+
+// The divergence of a candidate, times the total, of what its levels add and the last of them; for
+// one whose last bin is not empty.
+PYOBS_HD double kl_divergence(const KlSums* sums, int64_t bins, int64_t kept, double within,
+                              const KlLevel& last, double share) {
+  const int64_t total = sums[bins].counts;
+  const int64_t dropped = total - sums[kept].counts;
+  if (dropped == 0) {
+    return within;
+  }
+  const int64_t end = sums[kept].counts - sums[kept - 1].counts;
+  const double moved = static_cast<double>(dropped) * share;
+  const double raised = static_cast<double>(end + dropped) * share;
+  const double entropy =
+      static_cast<double>(sums[kept].entropy - sums[kept - 1].entropy) * kEntropyUnit;
+  const double at_end =
+      raised * kl_log(raised) + entropy - moved * kl_log(last.counts / last.occupied);
+  const double whole = static_cast<double>(total) * share;
+  return within + at_end + whole * kl_log(static_cast<double>(sums[kept].counts) * share / whole);
+}
+
 struct KlScratch {
   KlSums* sums;         // bins + 1
   double* divergences;  // bins
