@@ -59,31 +59,33 @@ PYOBS_DEVICE T reduce_block(T value, T identity, const Op& op) {
   return reduce_warp(lane < blockDim.x / kWarp ? of_warps[lane] : identity, op);
 }
 
-// The sum of the values of all threads before, and the sum of all, to each. Called as reduce_block.
+// The values of all threads before, and of all, taken together by op, which is associative. Called
+// as reduce_block.
 template <class T>
 struct Scanned {
   T before, all;
 };
 
-template <class T>
-PYOBS_DEVICE Scanned<T> scan_block(T value) {
+template <class T, class Op>
+PYOBS_DEVICE Scanned<T> scan_block(T value, T identity, const Op& op) {
   __shared__ T of_warps[kMostWarps];
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  T upto = value;
   for (unsigned by = 1; by < kWarp; by *= 2) {
-    const T below = __shfl_up_sync(kAllLanes, upto, by);
-    upto += lane >= by ? below : T(0);
+    const T below = __shfl_up_sync(kAllLanes, value, by);
+    value = lane >= by ? op(below, value) : value;
   }
+  const T of_lanes = __shfl_up_sync(kAllLanes, value, 1);
   __syncthreads();  // the values of the call before have been read
   if (lane == kWarp - 1) {
-    of_warps[warp] = upto;
+    of_warps[warp] = value;
   }
   __syncthreads();
-  Scanned<T> found = {upto - value, T(0)};
+  Scanned<T> found = {identity, identity};
   for (unsigned i = 0; i < blockDim.x / kWarp; ++i) {
-    found.before += i < warp ? of_warps[i] : T(0);
-    found.all += of_warps[i];
+    found.before = i == warp ? found.all : found.before;
+    found.all = op(found.all, of_warps[i]);
   }
+  found.before = lane > 0 ? op(found.before, of_lanes) : found.before;
   return found;
 }
 

@@ -7,8 +7,10 @@
 
 #if defined(__CUDACC__)
 #define PYOBS_HD static __host__ __device__ __forceinline__
+#define PYOBS_HD_LARGE static __host__ __device__ inline
 #else
 #define PYOBS_HD static inline __attribute__((always_inline))
+#define PYOBS_HD_LARGE static inline  // what need not be inlined
 #endif
 
 namespace pyobserver {

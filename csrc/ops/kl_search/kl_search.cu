@@ -53,7 +53,7 @@ PYOBS_DEVICE void scan_bins(int64_t bins, KlSums* sums, int64_t KlSums::* of, co
   for (int64_t bin = run.begin; bin < run.end; ++bin) {
     own += value(bin);
   }
-  int64_t running = scan_block(own).before;
+  int64_t running = scan_block(own, int64_t{0}, [](int64_t a, int64_t b) { return a + b; }).before;
   for (int64_t bin = run.begin; bin < run.end; ++bin) {
     running += value(bin);
     sums[bin + 1].*of = running;

@@ -20,6 +20,10 @@
 // and that of the range of all values, as min/max chooses it. From twice the scale that clips
 // nothing, above which half of a scale is never worse.
 //
+// That is an answer without an order: of the scales with the least error the greatest. Which scale
+// is tried first, and from which guess the split is found, decides at most between errors that
+// rounding alone tells apart.
+//
 // Counts lie evenly in their bins, the outermost of which end at the least and the greatest value
 // seen. Those are values by themselves: all of their bin if the next one inward is empty, or if
 // they lie at its inner end, else one.
@@ -29,9 +33,6 @@
 #include "../../core/dtype.h"
 
 namespace pyobserver {
-
-constexpr int kScaleBits = 7;
-constexpr int64_t kMostExtremes = 256;
 
 enum class Constraint { none, power_of_two, fp16, e8m0 };  // as the op numbers them
 
