@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -70,6 +70,14 @@ class CudaOnHost:
         names = ("launches", "memsets", "syncs")
         return {name: getattr(self._library, f"cuda_on_host_{name}")() for name in names}
 
+    @contextmanager
+    def asked(self, **expected: int) -> Iterator[None]:
+        """Asserts what is asked of the device in the block; what is not named, never."""
+        before = self.counts()
+        yield
+        asked = {name: count - before[name] for name, count in self.counts().items()}
+        assert asked == {**dict.fromkeys(before, 0), **expected}
+
 
 @cache
 def cuda_on_host() -> CudaOnHost | None:
@@ -127,6 +135,13 @@ class Backend:
         finally:
             if before is not None:
                 build.set_cpu_isa(before)
+
+    @contextmanager
+    def asked(self, **expected: int) -> Iterator[None]:
+        """Asserts the launches, memsets and syncs of the block, where they can be counted."""
+        host = cuda_on_host() if self.name == "cuda-on-host" else None
+        with nullcontext() if host is None else host.asked(**expected):
+            yield
 
     def __str__(self) -> str:
         return self.name

@@ -40,6 +40,17 @@ class CudaContext {
   }
 
   int64_t most_shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  // Whether a block may have so much dynamic shared memory, beside the variables of a kernel.
+  bool fits(int64_t shared_bytes) const {
+    constexpr int64_t kOfKernels = 4 << 10;
+    return shared_bytes <= most_shared_bytes() - kOfKernels;
+  }
+  // How many blocks of so much shared memory a multiprocessor holds, but no more than `most`.
+  int blocks_that_fit(int64_t shared_bytes, int most) const {
+    constexpr int64_t kOfSystem = 1 << 10;  // of each block, beside the variables of the kernel
+    const int64_t fitting = most_shared_bytes() / (shared_bytes + 2 * kOfSystem);
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(fitting, most)));
+  }
 
   // Calls kernel(args...) on the stream, with so many bytes of dynamic shared memory for each
   // block.

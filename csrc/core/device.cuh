@@ -8,6 +8,7 @@
 #include "dtype.h"
 
 #define PYOBS_DEVICE static __device__ __forceinline__
+#define PYOBS_MEMBER __device__ __forceinline__
 
 #if !defined(PYOBS_DYNAMIC_SHARED)
 // The dynamic shared memory of the launch, 16-byte aligned.
@@ -89,6 +90,27 @@ PYOBS_DEVICE Scanned<T> scan_block(T value, T identity, const Op& op) {
   return found;
 }
 
+// In one lane of those in the mask, each of which asks with the same one.
+PYOBS_DEVICE bool is_first_of(uint32_t lanes) {
+  return __ffs(lanes) - 1 == static_cast<int>(threadIdx.x % kWarp);
+}
+
+// value = op(value), where the order in which threads do this makes no difference. A value that
+// stays as it is costs a load.
+template <class Op>
+PYOBS_DEVICE void change(float* value, const Op& op) {
+  auto* bits = reinterpret_cast<uint32_t*>(value);
+  uint32_t seen = __ldcg(bits);
+  for (;;) {
+    const uint32_t next = float_to_bits(op(bits_to_float(seen)));
+    const uint32_t found = next == seen ? seen : atomicCAS(bits, seen, next);
+    if (found == seen) {
+      return;
+    }
+    seen = found;
+  }
+}
+
 // True in the block that comes last of so many to pass here, which then sees all that the others
 // wrote before. count: of the device, zero before.
 PYOBS_DEVICE bool is_last_block(unsigned* count, unsigned blocks) {
@@ -139,7 +161,7 @@ struct Divisor {
     const uint64_t one = 1;
     multiplier = static_cast<uint32_t>((one << 32) * ((one << shift) - divisor) / divisor + 1);
   }
-  __device__ __forceinline__ uint32_t divide(uint32_t dividend) const {
+  PYOBS_MEMBER uint32_t divide(uint32_t dividend) const {
     return (__umulhi(dividend, multiplier) + dividend) >> shift;
   }
 };

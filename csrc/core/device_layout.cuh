@@ -73,4 +73,52 @@ PYOBS_DEVICE int64_t group_of(const DeviceLayout& layout, int64_t i) {
   return i % layout.piece / layout.inner % layout.channels + base_of(layout, i / layout.piece);
 }
 
+// Division of any element's number of a group by the length of its runs.
+struct RunDivisor {
+  Divisor divisor;
+  int64_t inner;
+  bool narrow;
+
+  RunDivisor(int64_t run, int64_t elements)
+      : divisor(elements < kNarrow ? run : 1), inner(run), narrow(elements < kNarrow) {}
+  PYOBS_MEMBER int64_t divide(int64_t element) const {
+    return narrow ? divisor.divide(static_cast<uint32_t>(element)) : element / inner;
+  }
+
+ private:
+  static constexpr int64_t kNarrow = int64_t{1} << 31;
+};
+
+// A group has numel / groups elements, in runs of `inner`: where in the walk its first run begins.
+PYOBS_DEVICE int64_t first_of_group(const DeviceLayout& layout, int64_t group) {
+  int64_t piece = 0, pieces = 1;
+  for (int axis = layout.over_count - 1; axis >= 0; --axis) {
+    if (layout.over_group[axis] != 0) {
+      piece += group / layout.over_group[axis] % layout.over_size[axis] * pieces;
+    }
+    pieces *= layout.over_size[axis];
+  }
+  return piece * layout.piece + group % layout.channels * layout.inner;
+}
+
+// How far from its first run another one begins.
+PYOBS_DEVICE int64_t offset_of_run(const DeviceLayout& layout, int64_t run) {
+  const int64_t period = layout.channels * layout.inner;
+  if (layout.over_count == 0) {
+    return run * period;
+  }
+  const int64_t runs = layout.piece / period;
+  int64_t offset = run % runs * period;
+  run /= runs;
+  int64_t pieces = 1;
+  for (int axis = layout.over_count - 1; axis >= 0; --axis) {
+    if (layout.over_group[axis] == 0) {
+      offset += run % layout.over_size[axis] * pieces * layout.piece;
+      run /= layout.over_size[axis];
+    }
+    pieces *= layout.over_size[axis];
+  }
+  return offset;
+}
+
 }  // namespace pyobserver

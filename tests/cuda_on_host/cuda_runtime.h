@@ -137,6 +137,23 @@ uint32_t __match_any_sync(uint32_t mask, T value) {
   return bits;
 }
 
+template <class Op>
+int reduce_lanes(uint32_t mask, int value, const Op& op) {
+  const uint64_t* words = cuda_on_host::wait_for_warp(mask, cuda_on_host::to_word(value));
+  for (int lane = 0; lane < cuda_on_host::kLanes; ++lane) {
+    if ((mask >> lane & 1) != 0) {
+      value = op(value, static_cast<int>(static_cast<uint32_t>(words[lane])));
+    }
+  }
+  return value;
+}
+inline int __reduce_min_sync(uint32_t mask, int value) {
+  return reduce_lanes(mask, value, [](int a, int b) { return b < a ? b : a; });
+}
+inline int __reduce_max_sync(uint32_t mask, int value) {
+  return reduce_lanes(mask, value, [](int a, int b) { return b > a ? b : a; });
+}
+
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __popcll(uint64_t bits) { return __builtin_popcountll(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }

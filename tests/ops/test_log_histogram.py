@@ -366,6 +366,88 @@ def test_counts_pass_2_to_the_32(backend: Backend) -> None:
         assert_all_same(state, expected)
 
 
+@pytest.mark.parametrize("bits", [0, 5, 6, 10])
+def test_one_launch_for_any_bits(backend: Backend, bits: int) -> None:
+    """On a device with rows in shared memory, where they fit and where they do not."""
+    x = sprinkled(sample(40_001))
+    x[torch.arange(len(x)) % 2 == 0] = 0.0
+    for one in (x, x[1:], x[:300], x.bfloat16()[3:]):
+        state, expected = fresh(bits, (), backend.device), fresh(bits)
+        for shift in (0.0, 1.0):
+            batch = one + shift
+            with backend.asked(launches=1):
+                backend.op("log_histogram")(batch.to(backend.device), *state)
+            add(batch, expected)
+            assert_all_same(state, expected, (bits, shift))
+
+
+# many values in a group: runs of whole packs and of others, of one value, in several pieces; more
+# groups than a small device has blocks
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((3, 2064), {"axis": 0}),
+        ((3, 2063), {"axis": 0}),
+        ((2063, 3), {"axis": 1}),
+        ((11, 3, 192), {"axis": 1}),
+        ((11, 3, 193), {"axis": 1}),
+        ((13, 1100), {"axis": 0}),
+        ((2, 40_000), {"axis": 0}),
+        ((66, 64), {"block_size": (33, 32)}),
+        ((66, 66), {"block_size": (33, 33)}),
+        ((6, 30, 4, 40), {"block_size": (3, 15, 4, 20)}),
+        ((6, 40, 4, 30), {"block_size": (6, 20, 1, 30)}),
+        ((4, 40, 6, 30), {"block_size": (2, 40, 3, 10)}),
+    ],
+    ids=str,
+)
+def test_one_launch_for_groups(
+    backend: Backend, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    grid = grid_of(torch.empty(shape), options.get("block_size", shape))
+    groups = grid if "block_size" in options else (shape[options["axis"]],)
+    for dtype in (torch.float32, torch.float16):
+        state, expected = fresh(1, groups, backend.device), fresh(1, groups)
+        x = sprinkled(sample(shape, dtype))
+        wide = sample((*shape[:-1], shape[-1] + 1), dtype, 1).to(backend.device)
+        batches = (x, x.mT.contiguous().mT, wide[..., 1:], x[:1].expand(shape))
+        for i, batch in enumerate(batches):
+            with backend.asked(launches=1):
+                backend.op("log_histogram")(batch.to(backend.device), *state, **options)
+            add(batch, expected, **options)
+            assert_all_same(state, expected, (dtype, i))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (torch.nan, torch.nan), (5.0, -5.0)])
+@pytest.mark.parametrize("nonfinite", ["ignore", "propagate"])
+@pytest.mark.parametrize("n", [70, 40_000])
+def test_merges_into_any_range(
+    backend: Backend, n: int, nonfinite: str, low: float, high: float
+) -> None:
+    for x in (sample(n), sprinkled(sample(n)), torch.zeros(n), torch.full((n,), torch.nan)):
+        state, expected = fresh(0, (), backend.device), fresh(0)
+        for one in (state, expected):
+            one[0].fill_(2**33)
+            one[1].fill_(low)
+            one[2].fill_(high)
+        backend.op("log_histogram")(x.to(backend.device), *state, nonfinite=nonfinite)
+        add(x, expected, nonfinite=nonfinite)
+        assert_all_same(state, expected)
+
+
+def test_what_is_asked_of_the_device(backend: Backend) -> None:
+    """One launch; another one and a look at its count for "raise"; nothing for an empty tensor."""
+    state = fresh(0, (2,), backend.device)
+    x = sample((2, 3)).to(backend.device)
+    off = torch.zeros((), dtype=torch.bool, device=backend.device)
+    with backend.asked(launches=1), unchanged(*state):
+        backend.op("log_histogram")(x, *state, 0, enabled=off)
+    with backend.asked(launches=2, memsets=1, syncs=1):
+        backend.op("log_histogram")(x, *state, 0, nonfinite="raise")
+    with backend.asked(), unchanged(*state):
+        backend.op("log_histogram")(x[:, :0], *state, 0, nonfinite="raise")
+
+
 @pytest.mark.parametrize("nonfinite", ["ignore", "propagate"])
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_values(backend: Backend, name: str, nonfinite: str) -> None:

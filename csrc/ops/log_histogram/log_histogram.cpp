@@ -1,49 +1,14 @@
 // CPU glue of log_histogram.
-#include "log_histogram.h"
-
 #include <algorithm>
 #include <optional>
 #include <vector>
 
-#include "../../core/check.h"
-#include "../../core/layout.h"
 #include "../../core/parallel.h"
 #include "../minmax/minmax_glue.h"
+#include "log_histogram_glue.h"
 
 namespace pyobserver {
 namespace {
-
-constexpr const char* kOp = "log_histogram";
-
-// A row of counts for each group; k follows from the size of a row.
-LogBins check_counts(const Tensor& counts, const Tensor& x, const Grouping& grouping) {
-  check_state(kOp, "counts", counts, x, ScalarType::Long);
-  const int64_t rows_dim = counts.dim() - 1;
-  const int64_t columns = rows_dim >= 0 ? counts.size(rows_dim) : 0;
-  int bits = 0;
-  while (bits < kMostMantissaBits && columns_of(log_bins(bits)) < columns) {
-    ++bits;
-  }
-  const LogBins bins = log_bins(bits);
-  check(columns_of(bins) == columns, kOp,
-        ": counts: expected a last size of 2 * (255 << k) + 4 for a k in [0, ", kMostMantissaBits,
-        "], got ", columns);
-  bool fits = true;
-  if (grouping.block_size == nullptr && grouping.axis < 0) {
-    // an axis of an empty tensor is not looked at
-    fits = x.numel() == 0 || rows_dim == 0 || (rows_dim == 1 && counts.size(0) == 1);
-  } else if (grouping.block_size == nullptr) {
-    fits = rows_dim == 1 && counts.size(0) == x.size(grouping.axis);
-  } else if (x.numel() > 0) {
-    fits = rows_dim == x.dim();
-    for (int64_t d = 0; fits && d < x.dim(); ++d) {
-      fits = counts.size(d) == x.size(d) / (*grouping.block_size)[d];
-    }
-  }
-  check(fits, kOp, ": counts: expected a row of ", columns, " for each group of x, got ",
-        counts.numel(), " values in ", counts.dim(), " dimensions");
-  return bins;
-}
 
 // Counts a tensor into the rows of the state, and its least and greatest values into keys.
 class LogCount {
@@ -75,10 +40,7 @@ class LogCount {
     }
   }
 
-  Range range(int64_t group) {
-    const int32_t low = lows_[group], high = highs_[group];
-    return low > high ? empty_range() : canonical({value_of_key(low), value_of_key(high)});
-  }
+  Range range(int64_t group) { return range_of({lows_[group], highs_[group]}); }
 
  private:
   static constexpr int64_t kWorth = 4;  // values for each count that a part has of its own
@@ -163,28 +125,20 @@ class LogCount {
 void log_histogram(const Tensor& x, const Tensor& counts, const Tensor& min_val,
                    const Tensor& max_val, std::optional<int64_t> axis, int64_t nonfinite_mode,
                    std::optional<Tensor> enabled, std::optional<std::vector<int64_t>> block_size) {
-  const DType dtype = input_dtype(kOp, "x", x);
-  const Grouping grouping = parse_grouping(kOp, x, axis, block_size);
-  const LogBins bins = check_counts(counts, x, grouping);
-  check_state(kOp, "min_val", min_val, x, ScalarType::Float);
-  check_state(kOp, "max_val", max_val, x, ScalarType::Float);
-  const Nonfinite nonfinite = parse_nonfinite(kOp, nonfinite_mode);
-  if (x.numel() > 0) {
-    check_groups(kOp, "min_val", min_val, x, grouping);
-    check_groups(kOp, "max_val", max_val, x, grouping);
-  }
-  if (is_off(kOp, "enabled", enabled, x) || x.numel() == 0) {
+  const LogHistogramArgs args =
+      parse_log_histogram(x, counts, min_val, max_val, axis, nonfinite_mode, block_size);
+  if (is_off(kLogHistogram, "enabled", enabled, x) || x.numel() == 0) {
     return;
   }
   const void* data = x.const_data_ptr();
-  if (nonfinite == Nonfinite::raise) {
+  if (args.nonfinite == Nonfinite::raise) {
     Range all;
     const int64_t count =
-        group_ranges(dtype, data, Layout::of_reduction(x, {}), true, &all.low, &all.high);
-    check_finite(kOp, nonfinite, count, x.numel());
+        group_ranges(args.dtype, data, Layout::of_reduction(x, {}), true, &all.low, &all.high);
+    check_finite(kLogHistogram, args.nonfinite, count, x.numel());
   }
-  const Layout layout = Layout::of_reduction(x, grouping);
-  LogCount count(dtype, data, layout, bins, nonfinite == Nonfinite::propagate,
+  const Layout layout = Layout::of_reduction(x, args.grouping);
+  LogCount count(args.dtype, data, layout, args.bins, args.nonfinite == Nonfinite::propagate,
                  mutable_data<int64_t>(counts));
   count.run();
   float* lows = mutable_data<float>(min_val);

@@ -13,6 +13,7 @@
 
 #include "../../core/cpu_isa.h"
 #include "../../core/dtype.h"
+#include "../minmax/minmax.h"
 
 namespace pyobserver {
 
@@ -57,6 +58,44 @@ PYOBS_HD int32_t column_of(int32_t bits, const LogBins& bins) {
   const int32_t farther = (bits >> 31) | 1;  // an infinity lies beyond the last finite bin
   const int32_t infinite_or_not = column + (magnitude == kInfinityKey ? farther : 0);
   return magnitude > kInfinityKey ? 2 * bins.greatest + 3 : infinite_or_not;
+}
+
+// The keys of the least and the greatest value; where there is none, low is above high.
+struct Keys {
+  int32_t low, high;
+};
+
+PYOBS_HD Keys no_keys() { return {kMostKey, kLeastKey}; }
+
+PYOBS_HD Keys merge(Keys a, Keys b) {
+  return {b.low < a.low ? b.low : a.low, b.high > a.high ? b.high : a.high};
+}
+
+PYOBS_HD bool are_finite(Keys keys) {
+  return (keys.low >= -kInfinityKey) & (keys.high < kInfinityKey);
+}
+
+// Which values enter a range, by the bits of their magnitude, and what the others add to it.
+struct Entrance {
+  int32_t most;
+  Keys beyond;
+};
+
+PYOBS_HD Entrance entrance_of(bool propagate) {
+  return propagate ? Entrance{kInfinityKey, {kLeastKey, kMostKey}}
+                   : Entrance{kInfinityKey - 1, no_keys()};
+}
+
+// What a value of these bits adds to a range.
+PYOBS_HD Keys keys_of(int32_t bits, const Entrance& entrance) {
+  const int32_t key = key_of_bits(bits);
+  const bool enters = (bits & kMostKey) <= entrance.most;
+  return {enters ? key : entrance.beyond.low, enters ? key : entrance.beyond.high};
+}
+
+PYOBS_HD Range range_of(Keys keys) {
+  return keys.low > keys.high ? empty_range()
+                              : canonical(Range{value_of_key(keys.low), value_of_key(keys.high)});
 }
 
 // Where the values of a span go. Element i of its piece belongs to the channel

@@ -12,23 +12,11 @@ namespace {
 
 constexpr int kBlock = 256;
 
-struct Keys {
-  int32_t low, high;
-};
-
-PYOBS_HD Keys merge(Keys a, Keys b) {
-  return {b.low < a.low ? b.low : a.low, b.high > a.high ? b.high : a.high};
-}
-
-PYOBS_HD bool are_finite(Keys keys) {
-  return (keys.low >= -kInfinityKey) & (keys.high < kInfinityKey);
-}
-
 // The columns of finite values, and their keys; of no use, as the keys then tell, where some value
 // is not finite.
 template <class T>
 PYOBS_HD Keys finite_columns(const T* x, int n, const LogBins& bins, int32_t* columns) {
-  Keys keys = {kMostKey, kLeastKey};
+  Keys keys = no_keys();
   for (int i = 0; i < n; ++i) {
     const int32_t key = key_of(to_float(x[i]));
     keys = merge(keys, {key, key});
@@ -42,19 +30,14 @@ template <class T>
 __attribute__((noinline)) Keys any_columns(const T* x, int n, const LogSink& sink,
                                            int32_t* columns) {
   const LogBins bins = sink.bins;  // a copy, which the stores cannot change
-  const int32_t most = sink.propagate ? kInfinityKey : kInfinityKey - 1;
-  const Keys beyond = sink.propagate ? Keys{kLeastKey, kMostKey} : Keys{kMostKey, kLeastKey};
-  int32_t low = kMostKey, high = kLeastKey;
+  const Entrance entrance = entrance_of(sink.propagate);
+  Keys keys = no_keys();
   for (int i = 0; i < n; ++i) {
     const int32_t bits = static_cast<int32_t>(float_to_bits(to_float(x[i])));
-    const int32_t key = key_of_bits(bits);
-    const int32_t low_key = (bits & kMostKey) > most ? beyond.low : key;
-    const int32_t high_key = (bits & kMostKey) > most ? beyond.high : key;
-    low = low_key < low ? low_key : low;
-    high = high_key > high ? high_key : high;
+    keys = merge(keys, keys_of(bits, entrance));
     columns[i] = column_of(bits, bins);
   }
-  return {low, high};
+  return keys;
 }
 
 // Types of 16 bits where columns have no more: up to so many mantissa bits.
