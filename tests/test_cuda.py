@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,27 @@ def test_reading_back_is_found() -> None:
     for read in (lambda: x.sum().item(), lambda: bool(x[0]), lambda: x[x > 0], x.nonzero):
         with pytest.raises(AssertionError, match="waits for the device"), NoReadback():
             read()
+
+
+@needs_device_in_software
+@pytest.mark.parametrize(
+    ("groups", "options"),
+    [
+        ((1,), {}),
+        ((50,), {"axis": 0}),
+        ((300,), {"axis": 1}),
+        ((50, 15), {"block_size": (1, 20)}),
+        ((10, 100), {"block_size": (5, 3)}),
+    ],
+    ids=str,
+)
+def test_fake_quantize_takes_one_launch(groups: tuple[int, ...], options: dict[str, Any]) -> None:
+    scale = torch.ones(groups)
+    for x in (torch.ones(50, 300), torch.ones(300, 50).t(), torch.ones(50, 600)[:, ::2]):
+        with counting(launches=1):
+            y, mask = ON_HOST.op("_fake_quantize_mask")(x, scale, scale.int(), -8, 7, **options)
+        with counting(launches=1):
+            ON_HOST.op("_fake_quantize_backward")(y, mask)
 
 
 @needs_device_in_software

@@ -23,10 +23,10 @@ constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kMostWarps = 32;  // of a block
 
-// 16 bytes, which a thread loads and stores at once.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(T);
+// What a thread loads and stores at once: 16 bytes, or less where the data does not lie for it.
+template <class T, int count = 16 / sizeof(T)>
+struct alignas(count * sizeof(T)) Pack {
+  static constexpr int size = count;
   T values[size];
 };
 
@@ -36,6 +36,36 @@ PYOBS_DEVICE int64_t thread_of_grid() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 PYOBS_DEVICE int64_t threads_of_grid() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// to_float and from_float by one instruction; a NaN becomes the device's own.
+PYOBS_DEVICE float widen_fast(float value) { return value; }
+PYOBS_DEVICE double widen_fast(double value) { return value; }
+PYOBS_DEVICE float widen_fast(BFloat16 value) { return to_float(value); }
+PYOBS_DEVICE float widen_fast(Half value) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
+  return to_float(value);
+#endif
+}
+PYOBS_DEVICE void narrow_fast(double value, double* out) { *out = value; }
+PYOBS_DEVICE void narrow_fast(double value, float* out) { *out = static_cast<float>(value); }
+PYOBS_DEVICE void narrow_fast(double value, BFloat16* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(static_cast<float>(value)));
+#else
+  from_float(static_cast<float>(value), out);
+#endif
+}
+PYOBS_DEVICE void narrow_fast(double value, Half* out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(static_cast<float>(value)));
+#else
+  from_float(static_cast<float>(value), out);
+#endif
+}
 
 // op is commutative and associative; every lane gets the result.
 template <class T, class Op>
@@ -154,6 +184,7 @@ PYOBS_DEVICE bool is_off(const DeviceSwitch& enabled) {
 struct Divisor {
   uint32_t divisor, multiplier, shift;
 
+  Divisor() = default;
   explicit Divisor(int64_t by) : divisor(static_cast<uint32_t>(by)), shift(0) {
     while ((uint64_t{1} << shift) < divisor) {
       ++shift;
@@ -163,6 +194,9 @@ struct Divisor {
   }
   PYOBS_MEMBER uint32_t divide(uint32_t dividend) const {
     return (__umulhi(dividend, multiplier) + dividend) >> shift;
+  }
+  __device__ __forceinline__ uint32_t remainder(uint32_t dividend) const {
+    return dividend - divide(dividend) * divisor;
   }
 };
 

@@ -121,4 +121,68 @@ PYOBS_DEVICE int64_t offset_of_run(const DeviceLayout& layout, int64_t run) {
   return offset;
 }
 
+// A layout, with what 32-bit arithmetic needs where that suffices.
+struct DividedLayout : DeviceLayout {
+  bool small;  // less than 2^31 elements
+  Divisor by_inner, by_channels, by_runs;
+  Divisor by_over[kMostAxes], by_walk[kMostAxes];
+};
+
+inline DividedLayout divided_layout(const char* op, const Layout& layout) {
+  constexpr int64_t kSmall = int64_t{1} << 31;
+  DividedLayout found = {};
+  static_cast<DeviceLayout&>(found) = device_layout(op, layout);
+  found.small = layout.numel < kSmall;
+  if (found.small && layout.numel > 0) {
+    found.by_inner = Divisor(found.inner);
+    found.by_channels = Divisor(found.channels);
+    found.by_runs = Divisor(found.piece / found.inner);
+    for (int i = 0; i < found.over_count; ++i) {
+      found.by_over[i] = Divisor(found.over_size[i]);
+    }
+    for (int i = 0; i < found.walk_count; ++i) {
+      found.by_walk[i] = Divisor(found.walk_size[i]);
+    }
+  }
+  return found;
+}
+
+PYOBS_DEVICE int64_t place_of(const DividedLayout& layout, int64_t i) {
+  if (layout.dense || !layout.small) {
+    return place_of(static_cast<const DeviceLayout&>(layout), i);
+  }
+  int64_t place = 0;
+  auto index = static_cast<uint32_t>(i);
+  for (int axis = layout.walk_count - 1; axis >= 0; --axis) {
+    const Divisor& by = layout.by_walk[axis];
+    const uint32_t next = by.divide(index);
+    place += (index - next * by.divisor) * layout.walk_stride[axis];
+    index = next;
+  }
+  return place;
+}
+
+// Whose run `index` of the inner elements is.
+PYOBS_DEVICE int64_t group_of_run(const DividedLayout& layout, uint32_t index) {
+  int64_t group = layout.by_channels.remainder(index);
+  if (layout.over_count == 0) {
+    return group;
+  }
+  index = layout.by_runs.divide(index);
+  for (int axis = layout.over_count - 1; axis >= 0; --axis) {
+    const Divisor& by = layout.by_over[axis];
+    const uint32_t next = by.divide(index);
+    group += (index - next * by.divisor) * layout.over_group[axis];
+    index = next;
+  }
+  return group;
+}
+
+PYOBS_DEVICE int64_t group_of(const DividedLayout& layout, int64_t i) {
+  if (layout.groups == 1 || !layout.small) {
+    return group_of(static_cast<const DeviceLayout&>(layout), i);
+  }
+  return group_of_run(layout, layout.by_inner.divide(static_cast<uint32_t>(i)));
+}
+
 }  // namespace pyobserver

@@ -250,6 +250,63 @@ def test_mask_at_the_borders_of_blocks(backend: Backend, dtype: torch.dtype) -> 
         assert_same(mask, packed(inside, (6 * length, 1)), length)
 
 
+@cache
+def run_case(
+    shape: tuple[int, ...],
+    axis: int | None,
+    block_size: tuple[int, ...] | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Any, ...], Tensor, Tensor]:
+    """Values, their quantizer, what torch makes of them, and which lay inside the grid."""
+    values = sprinkled(sample(shape, dtype))
+    if block_size is None:
+        channels = None if axis is None else shape[axis]
+        quantizer = (*qparams(-8, 7, channels, torch.int32), -8, 7)
+        return values, quantizer, *of_torch(values, *quantizer, axis)
+    quantizer = (*block_qparams(values, block_size, (-8, 7), torch.int32), -8, 7)
+    return values, quantizer, *of_blocks(values, *quantizer, block_size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis", "block_size"),
+    [
+        ((2**17 + 5,), None, None),
+        ((700, 203), 1, None),
+        ((300, 3, 148), 1, None),
+        ((21, 130, 49), 1, None),
+        ((2, 37, 2049), 1, None),
+        ((5, 29003), 0, None),
+        ((9, 14406), None, (3, 49)),
+        ((9, 14406), None, (9, 7)),
+        ((70, 2001), None, (7, 3)),
+    ],
+    ids=str,
+)
+def test_runs_and_vectors(
+    backend: Backend,
+    shape: tuple[int, ...],
+    axis: int | None,
+    block_size: tuple[int, ...] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Runs of a channel shorter and longer than a vector, that begin in its midst; odd offsets."""
+    values, quantizer, expected, inside = run_case(shape, axis, block_size, dtype)
+    mask = packed(inside, expected.stride())
+    given = [t.to(backend.device) if isinstance(t, Tensor) else t for t in quantizer]
+    options = {"axis": axis, "block_size": block_size}
+    for offset in (0, 1):
+        x = torch.empty(values.numel() + offset, dtype=dtype, device=backend.device)
+        x = x[offset:].view(shape).copy_(values)
+        y, bits = backend.op("_fake_quantize_mask")(x, *given, **options)
+        assert_same(y, expected, offset)
+        assert_same(bits, mask, offset)
+        grad = backend.op("_fake_quantize_backward")(x, bits)
+        assert_same(grad, values * inside, offset)
+        backend.op("_fake_quantize_out")(x, *given[:2], x, *given[2:], **options)
+        assert_same(x, expected, offset)
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_of_blocks(backend: Backend, layout: str, entry: str) -> None:

@@ -68,14 +68,15 @@ PYOBS_HD void store(double value, T* out) {
 
 enum class ZeroPointType { int32, int64, float32 };
 
-PYOBS_HD double read_zero_point(const void* zero_point, ZeroPointType type, int64_t channel) {
+template <class Value = double>
+PYOBS_HD Value read_zero_point(const void* zero_point, ZeroPointType type, int64_t channel) {
   switch (type) {
     case ZeroPointType::float32:
-      return static_cast<const float*>(zero_point)[channel];
+      return static_cast<Value>(static_cast<const float*>(zero_point)[channel]);
     case ZeroPointType::int32:
-      return static_cast<const int32_t*>(zero_point)[channel];
+      return static_cast<Value>(static_cast<const int32_t*>(zero_point)[channel]);
     default:
-      return static_cast<double>(static_cast<const int64_t*>(zero_point)[channel]);
+      return static_cast<Value>(static_cast<const int64_t*>(zero_point)[channel]);
   }
 }
 
