@@ -188,3 +188,26 @@ def backends() -> list[Backend]:
 def params(kept: Callable[[Backend], bool] = lambda backend: True) -> list[Any]:
     """A test's parameters: what this machine can run, and the GPU."""
     return [as_param(backend) for backend in dict.fromkeys([*backends(), GPU]) if kept(backend)]
+
+
+@contextmanager
+def counting(launches: int, memsets: int | None = None, syncs: int = 0) -> Iterator[None]:
+    """Fails where the device in software is asked for more kernels, or is waited for.
+
+    Args:
+        launches: at most.
+        memsets, syncs: neither more nor less; None: any number.
+    """
+    device = cuda_on_host()
+    assert device is not None
+    before = device.counts()
+    yield
+    found = {name: count - before[name] for name, count in device.counts().items()}
+    assert found["launches"] <= launches, found
+    assert memsets in (None, found["memsets"]), found
+    assert found["syncs"] == syncs, found
+
+
+needs_device_in_software = pytest.mark.skipif(
+    cuda_on_host() is None, reason="built without PYOBSERVER_CUDA_ON_HOST=1"
+)

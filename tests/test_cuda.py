@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from backends import GPU, ON_HOST, Backend, as_param, cuda_on_host, params
+from backends import (
+    GPU,
+    ON_HOST,
+    Backend,
+    as_param,
+    counting,
+    cuda_on_host,
+    needs_device_in_software,
+    params,
+)
 from ops.cases import assert_all_same
 from ops.work import SEARCHES, WORK, values
 from readback import NoReadback
@@ -82,23 +91,6 @@ def no_sync() -> Iterator[None]:
 def replay(graph: torch.cuda.CUDAGraph) -> None:
     graph.replay()
     torch.cuda.synchronize()
-
-
-@contextmanager
-def counting(launches: int) -> Iterator[None]:
-    """Fails where the device in software is asked for more kernels, or waited for."""
-    device = cuda_on_host()
-    assert device is not None
-    before = device.counts()
-    yield
-    found = {name: count - before[name] for name, count in device.counts().items()}
-    assert found["launches"] <= launches, found
-    assert found["syncs"] == 0, found
-
-
-needs_device_in_software = pytest.mark.skipif(
-    cuda_on_host() is None, reason="built without PYOBSERVER_CUDA_ON_HOST=1"
-)
 
 
 @needs_device_in_software
