@@ -26,9 +26,14 @@ _HALF_MAX, _HALF_MIN = 65504.0, 2.0**-24
 LEAST_BITS, MOST_BITS = 2, 16
 
 
-def _shares(bins: int) -> Tensor:
-    """The ends of equal bins from 0 to 1: of the CPU, so that every device has the same."""
-    return torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")
+def _part_of(x: Tensor, parts: int) -> Tensor:
+    """``x / parts``, the same on every device: some multiply by the reciprocal of a number."""
+    return x / x.new_full((), parts)
+
+
+def _shares(bins: int, device: torch.device) -> Tensor:
+    """The ends of equal bins from 0 to 1."""
+    return _part_of(torch.arange(bins + 1, dtype=torch.float64, device=device), bins)
 
 
 class Histogram(NamedTuple):
@@ -57,12 +62,9 @@ class Histogram(NamedTuple):
         """The ends of the bins: float64 ``(..., bins + 1)``, or ``(bins + 1,)`` where all share."""
         bins = self.counts.shape[-1]
         if self.spacing == "log":
-            return log_edges(mantissa_bits_of(bins + 3)).to(self.counts.device)
-        share = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu").to(
-            self.counts.device
-        )
+            return log_edges(mantissa_bits_of(bins + 3), self.counts.device)
         low, high = self.min_val.double().unsqueeze(-1), self.max_val.double().unsqueeze(-1)
-        return low + (high - low) * share
+        return low + (high - low) * _shares(bins, self.counts.device)
 
     def finite(self) -> Tensor:
         """Where there is a finite range: bool ``(...)``."""
@@ -286,7 +288,7 @@ def _constrained(scale: Tensor, constraint: str) -> Tensor:
     if constraint in ("power_of_two", "e8m0"):
         mantissa, exponent = torch.frexp(scale)
         exponent = (exponent - (mantissa == 0.5).int()).clamp(max=127)  # the last of float32
-        power = torch.ldexp(torch.ones_like(scale), exponent)
+        power = ((exponent.long() + 1023) << 52).view(torch.float64).float()
         return torch.where(scale > 0, power, scale)
     return scale
 
@@ -380,7 +382,7 @@ def kl(
     one sign. Values that are all positive have all the levels of an affine grid.
     """
     wider = torch.maximum(-histogram.min_val, histogram.max_val).double().nan_to_num(0.0, 0.0, 0.0)
-    bounds = wider.unsqueeze(-1) * _shares(bins).to(wider.device)
+    bounds = wider.unsqueeze(-1) * _shares(bins, wider.device)
     counts = _magnitude_counts(histogram.counts, _clamped_edges(histogram), bounds)
     levels = grid.quant_max - grid.quant_min + 1
     # which levels a histogram has is known on its device alone: a search nobody needs is off
@@ -393,7 +395,7 @@ def kl(
         return kl_search(counts, max(of_sign, 2), start_bin, stride, on)
 
     kept = torch.where(one_sided, search(levels, one_sided), search(levels // 2, ~one_sided))
-    return _of_range(*_within(histogram, wider * kept / bins), grid)
+    return _of_range(*_within(histogram, _part_of(wider * kept, bins)), grid)
 
 
 def l2_greedy(

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _WAITS = {
     "_local_scalar_dense",  # item(), bool(), int(), float()
@@ -41,3 +43,25 @@ class NoReadback(TorchDispatchMode):
         assert not waits, f"{name} waits for the device"
         call: Callable[..., Any] = func
         return call(*args, **(kwargs or {}))
+
+
+class OnDevice(TorchDispatchMode):
+    """Within it, an op of torch that takes or makes a tensor of another device is an error."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs, found)):
+            if isinstance(t, Tensor):
+                device = t.device.type
+                assert device == self.device, f"{func._schema.name}: a tensor of {device}"
+        return found

@@ -23,10 +23,11 @@ from backends import (
 )
 from ops.cases import assert_all_same
 from ops.work import SEARCHES, WORK, values
-from readback import NoReadback
+from readback import NoReadback, OnDevice
 from torch import Tensor, nn
 
 import pyobserver as po
+from pyobserver import ranges
 
 pytestmark = pytest.mark.once
 on_gpu = pytest.mark.parametrize("gpu", [as_param(GPU)])
@@ -137,6 +138,103 @@ def test_reading_back_is_found() -> None:
     for read in (lambda: x.sum().item(), lambda: bool(x[0]), lambda: x[x > 0], x.nonzero):
         with pytest.raises(AssertionError, match="waits for the device"), NoReadback():
             read()
+
+
+METHODS = tuple(ranges.METHODS)
+STATISTICS = {
+    "histogram": po.HistogramObserver,
+    "log_histogram": po.LogHistogramObserver,
+    "per_channel_log_histogram": lambda **options: po.PerChannelLogHistogramObserver(
+        ch_axis=1, **options
+    ),
+}
+SCHEMES = {
+    "affine": {},
+    "symmetric": {"qscheme": torch.per_tensor_symmetric, "dtype": torch.qint8},
+    "power_of_two": {"scale_constraint": "power_of_two"},
+    "fp16": {"scale_constraint": "fp16"},
+}
+
+
+def asked(name: str, method: str, scheme: str) -> nn.Module:
+    """An observer of a histogram that was fed."""
+    options = dict(SCHEMES[scheme])
+    if "channel" in name and scheme == "symmetric":
+        options["qscheme"] = torch.per_channel_symmetric
+    observer = STATISTICS[name](method=method, **options)
+    observer(batches("cpu")[0])
+    return observer
+
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_statistic = pytest.mark.parametrize("name", STATISTICS)
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+@every_method
+@every_statistic
+@every_scheme
+def test_a_method_reads_nothing_back(name: str, method: str, scheme: str) -> None:
+    observer = asked(name, method, scheme)
+    scale, zero_point = observer.calculate_qparams()
+    enabled = torch.ones(1, dtype=torch.uint8)
+    with NoReadback():
+        observer.write_qparams(scale.clone(), zero_point.clone(), enabled)
+        observer.calculate_qparams()
+
+
+@every_method
+@every_statistic
+@every_scheme
+def test_a_method_stays_on_its_device(name: str, method: str, scheme: str) -> None:
+    """Nothing is made on the host and copied: the meta device has the part of another one."""
+    observer = asked(name, method, scheme)
+    found = [t.to("meta") for t in observer.calculate_qparams()]
+    observer.to("meta")
+    with OnDevice("meta"):
+        observer.write_qparams(*found)
+
+
+def test_leaving_the_device_is_found() -> None:
+    x = torch.ones(3, device="meta")
+    for leave in (lambda: torch.ones(3).to("meta"), lambda: x + torch.ones(())):
+        with pytest.raises(AssertionError, match="tensor of cpu"), OnDevice("meta"):
+            leave()
+
+
+@every_method
+def test_many_observers_wait_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    observers = [asked(name, method, "affine") for name in STATISTICS for _ in range(2)]
+    reads = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda t: reads.append(t) or tolist(t))
+    with NoReadback():
+        po.calculate_qparams(observers)
+    assert len(reads) == 1
+
+
+def searches(count: int) -> dict[str, Callable[[], object]]:
+    """The searches, of so many histograms each."""
+    counts = torch.arange(24.0, dtype=torch.float64).expand(count, 24).contiguous()
+    edges = torch.linspace(-1, 1, 25, dtype=torch.float64)
+    ends = torch.full((count,), -1.0), torch.ones(count)
+    scale, zero = torch.ones(count), torch.zeros(count, dtype=torch.int32)
+    out = scale, zero, counts.new_zeros(count, 3)
+    return {
+        "range_search": lambda: po.ops.range_search(counts, *ends, 16),
+        "kl_search": lambda: po.ops.kl_search(counts, 8, 10),
+        "lp_search": lambda: po.ops.lp_search(counts, edges, *ends, *out, 0, 15),
+        "lp_search_of_power": lambda: po.ops.lp_search(counts, edges, *ends, *out, 0, 15, 2.4),
+        "lp_error": lambda: po.ops.lp_error(counts, edges, *ends, scale, zero, 0, 15),
+    }
+
+
+@needs_device_in_software
+@pytest.mark.parametrize("name", searches(1))
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_a_search_of_many_takes_one_launch(name: str, count: int) -> None:
+    with ON_HOST.selected(), counting(launches=min(count, 1)):
+        searches(count)[name]()
 
 
 @needs_device_in_software

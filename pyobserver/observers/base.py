@@ -218,7 +218,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         """
         min_val, max_val = self.observed_range()
         device = min_val.device
-        self._warn_of_statistics(min_val, max_val)
+        self._warn_of_statistics(*self._faults(min_val, max_val).tolist())
         if min_val.numel() == 0:
             scale = torch.ones(1, dtype=torch.float32, device=device)
             return scale, torch.zeros_like(scale, dtype=torch.int64)
@@ -260,9 +260,12 @@ class UniformQuantizationObserverBase(ObserverBase):
             enabled,
         )
 
-    def _warn_of_statistics(self, min_val: Tensor, max_val: Tensor) -> None:
+    def _faults(self, min_val: Tensor, max_val: Tensor) -> Tensor:
+        """What calls for a warning: whether the range was never fed, and the values not finite."""
         unfed = (min_val > max_val).all()  # also of no elements
-        is_unfed, nonfinite = torch.stack((unfed.long(), self.nonfinite_count)).tolist()
+        return torch.stack((unfed.long(), self.nonfinite_count))
+
+    def _warn_of_statistics(self, is_unfed: int, nonfinite: int) -> None:
         if is_unfed:
             warnings.warn(
                 f"{type(self).__name__} was never fed: calculate_qparams returns scale 1 and zero "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -99,7 +99,7 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point by the observer's method, see the base class."""
-        self._warn_of_statistics(self.min_val, self.max_val)
+        self._warn_of_statistics(*self._faults(self.min_val, self.max_val).tolist())
         if self.min_val.numel() == 0:
             scale = self.min_val.new_ones(1)
             return scale, torch.zeros_like(scale, dtype=torch.int64)
@@ -144,34 +144,47 @@ def _is_solved_by_its_method(observer: ObserverBase) -> TypeGuard[HistogramObser
     )
 
 
+def _read_at_once(observers: Sequence[HistogramObserverBase]) -> list[list[int]]:
+    """The bits of the least scale and the faults of each; one wait for each device."""
+    rows: dict[torch.device, list[Tensor]] = {}
+    for observer in observers:
+        bits = observer.eps.view(torch.int32).long()
+        faults = observer._faults(observer.min_val, observer.max_val)
+        rows.setdefault(observer.min_val.device, []).append(torch.cat((bits, faults)))
+    read = {device: iter(torch.stack(found).tolist()) for device, found in rows.items()}
+    return [next(read[observer.min_val.device]) for observer in observers]
+
+
 def calculate_qparams(observers: Iterable[ObserverBase]) -> list[tuple[Tensor, Tensor]]:
     """``calculate_qparams`` of many observers, those of histograms together.
 
-    Histograms that ask the same of the same bins are solved in one call, over torch's threads; any
-    other observer is asked by itself.
+    Histograms that ask the same of the same bins are solved in one call, over torch's threads or a
+    block of the GPU each; any other observer is asked by itself.
 
     Returns:
         Scale and zero point of each, as its own ``calculate_qparams`` gives them.
     """
-    found: list[tuple[Tensor, Tensor] | None] = []
-    alike: dict[Any, list[tuple[int, HistogramObserverBase, ranges.Histogram]]] = {}
-    for i, observer in enumerate(observers):
-        if _is_solved_by_its_method(observer) and observer.min_val.numel() > 0:
-            statistic, grid = observer.statistic(), observer._grid()
-            options = tuple(sorted(observer._options().items()))
-            kind = statistic.spacing, statistic.counts.shape[-1], statistic.counts.device
-            key = observer.method, options, grid[:-1], float(grid.eps), kind
-            alike.setdefault(key, []).append((i, observer, statistic))
-            found.append(None)
-        else:
-            found.append(observer.calculate_qparams())
+    observers = list(observers)
+    together = [
+        observer
+        for observer in observers
+        if _is_solved_by_its_method(observer) and observer.min_val.numel() > 0
+    ]
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    alike: dict[Any, list[tuple[HistogramObserverBase, ranges.Histogram]]] = {}
+    for observer, (eps, *faults) in zip(together, _read_at_once(together), strict=True):
+        observer._warn_of_statistics(*faults)
+        statistic, grid = observer.statistic(), observer._grid()
+        options = tuple(sorted(observer._options().items()))
+        kind = statistic.spacing, statistic.counts.shape[-1], statistic.counts.device
+        key = observer.method, options, grid[:-1], eps, kind
+        alike.setdefault(key, []).append((observer, statistic))
     for group in alike.values():
-        first = group[0][1]
-        rows = ranges.stack([statistic for _, _, statistic in group])
+        first = group[0][0]
+        rows = ranges.stack([statistic for _, statistic in group])
         chosen = ranges.choose(rows, first.method, first._grid(), first._options())
-        sizes = [observer.min_val.numel() for _, observer, _ in group]
+        sizes = [observer.min_val.numel() for observer, _ in group]
         pieces = zip(*(t.split(sizes) for t in chosen), strict=True)
-        for (i, observer, _), (scale, zero_point) in zip(group, pieces, strict=True):
-            observer._warn_of_statistics(observer.min_val, observer.max_val)
-            found[i] = observer._finished(scale, zero_point)
-    return [qparams for qparams in found if qparams is not None]
+        for (observer, _), (scale, zero_point) in zip(group, pieces, strict=True):
+            found[id(observer)] = observer._finished(scale, zero_point)
+    return [found.get(id(observer)) or observer.calculate_qparams() for observer in observers]

@@ -80,7 +80,7 @@ class _LogHistogramBase(HistogramObserverBase):
     @property
     def nonfinite_count(self) -> Tensor:  # type: ignore[override]
         """How many NaN and infinite values were seen: int64, 0-d."""
-        return self.counts[..., [0, -2, -1]].sum()
+        return self.counts[..., 0].sum() + self.counts[..., -2:].sum()
 
     @property
     def mantissa_bits(self) -> int:

@@ -54,23 +54,26 @@ def mantissa_bits_of(columns: int) -> int:
     return _COLUMNS.index(columns)
 
 
-def log_edges(mantissa_bits: int) -> Tensor:
+def log_edges(mantissa_bits: int, device: torch.device | str = "cpu") -> Tensor:
     """The edges of the finite bins, ascending: float64 ``(2 * (255 << mantissa_bits) + 2,)``.
 
     Exact: bin ``i`` holds what rounds to it, [edges[i], edges[i + 1]] but for the edges themselves,
     which belong to the bin that is farther from zero. The outermost two lie beyond float32. The
-    tensor is kept and shared: not to be written to.
+    tensor of the CPU is kept and shared: not to be written to. That of another device is made
+    there, as a copy would wait for it.
 
     Raises:
         ValueError: ``mantissa_bits`` outside [0, 10].
     """
+    if torch.device(device).type != "cpu":
+        return _edges(mantissa_bits, device)
     # what a mode of dispatch makes, as of fake tensors, is not for others to use
     plain = not is_compiling() and type(torch.empty(0, device="cpu")) is Tensor
-    return _kept_edges(mantissa_bits) if plain else _edges(mantissa_bits)
+    return _kept_edges(mantissa_bits) if plain else _edges(mantissa_bits, "cpu")
 
 
-def _edges(mantissa_bits: int) -> Tensor:
-    bins = torch.arange(_greatest_bin(mantissa_bits) + 1, device="cpu")
+def _edges(mantissa_bits: int, device: torch.device | str) -> Tensor:
+    bins = torch.arange(_greatest_bin(mantissa_bits) + 1, device=device)
     bits = (2 * bins + 1) << (22 - mantissa_bits)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     normal = ((exponent + (1023 - 127)) << 52 | mantissa << 29).view(torch.float64)
@@ -81,7 +84,7 @@ def _edges(mantissa_bits: int) -> Tensor:
 @cache
 def _kept_edges(mantissa_bits: int) -> Tensor:
     with torch.inference_mode(False):  # an ordinary tensor, whoever asks first
-        return _edges(mantissa_bits)
+        return _edges(mantissa_bits, "cpu")
 
 
 def _check_rows(
