@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from backends import Backend, backends, params
+from backends import GPU, Backend, backends, params
 
 from .cases import DTYPES, assert_all_same, threads
 from .work import OF_COUNTS, SEARCHES, WORK, values
@@ -46,13 +46,15 @@ def test_same_bytes(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cuda", params(lambda backend: backend.cuda))
 @cases(WORK)
 def test_same_bytes_on_cuda(cuda: Backend, name: str, dtype: torch.dtype) -> None:
+    if cuda == GPU and name == "lp_search_powers":
+        pytest.skip("a GPU has powers of its own")
     expected = results(BASELINE[0], name, dtype, 1)
     found = results(cuda, name, dtype, 1)
     same = [one == other for one, other in zip(found, expected, strict=True)]
     assert all(same), same
 
 
-@cases(name for name in WORK if "sliced" not in name and name != "lp_search")
+@cases(name for name in WORK if "sliced" not in name and "lp_search" not in name)
 def test_same_as_the_reference(name: str, dtype: torch.dtype) -> None:
     """Its numbers: one NaN is as good as another."""
     x = values(dtype, special=name not in SEARCHES)

@@ -307,6 +307,22 @@ def test_long_searches(backend: Backend, num_levels: int) -> None:
         )
 
 
+@cache
+def many_bins(bins: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """More than a block of a GPU keeps beside it, or than torch sums alike everywhere."""
+    at = torch.linspace(-9, 7, bins, dtype=torch.float64)
+    counts = torch.stack([(30 * torch.exp(-at.abs())).floor(), (3 * at.cos().abs()).floor()])
+    counts[1, 100:5000] = 0.0
+    histograms = [counts, torch.tensor([-9.0, -2.0]), torch.tensor([7.0, 2.0])]
+    return histograms, run(Backend("reference"), *histograms, 16)
+
+
+@pytest.mark.parametrize("bins", [9003, 16389])
+def test_many_bins(backend: Backend, bins: int) -> None:
+    histograms, expected = many_bins(bins)
+    assert_all_same(run(backend, *histograms, 16), expected)
+
+
 def test_counts_above_2_to_the_24(backend: Backend) -> None:
     """D7: scaling all counts by a power of two changes no step of the search."""
     counts, low, high = histogram_of("normal", 512)

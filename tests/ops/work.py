@@ -156,30 +156,30 @@ def kl_search(op: Op, x: Tensor) -> Sequence[Tensor]:
     ]
 
 
-def lp_search(op: Op, x: Tensor) -> Sequence[Tensor]:
-    """Nine histograms at once, with every kind of exponent, zero point and scale."""
-    states = []
-    for i in range(9):
-        states.append(bins_of(x, 301))
-        op("histogram")(x[i :: 9 - i % 4] * 2.0**i, *states[-1])
-    counts, low, high = (torch.stack(t) for t in list(zip(*states, strict=True))[:3])
-    steps = torch.arange(302, dtype=torch.float64, device=x.device) / 301
-    edges = torch.lerp(low.double().unsqueeze(1), high.double().unsqueeze(1), steps)
-    found = [counts, low, high]
-    for p, zero_point, constraint in (
-        (2.0, None, "none"),
-        (2.0, 0, "fp16"),
-        (2.4, None, "none"),
-        (1.0, None, "power_of_two"),
-        (0.5, 3, "none"),
-    ):
-        scale, zero = torch.zeros_like(low), torch.zeros_like(low, dtype=torch.int32)
-        error = counts.new_zeros(9, 3)
-        outputs = scale, zero, error
-        op("lp_search")(counts, edges, low, high, *outputs, -128, 127, p, zero_point, constraint)
-        again = op("lp_error")(counts, edges, low, high, scale, zero, -128, 127, p)
-        found += [*outputs, again]
-    return found
+def lp_search(*exponents: float) -> Work:
+    """Nine histograms at once, with every kind of zero point and scale."""
+
+    def run(op: Op, x: Tensor) -> Sequence[Tensor]:
+        states = []
+        for i in range(9):
+            states.append(bins_of(x, 301))
+            op("histogram")(x[i :: 9 - i % 4] * 2.0**i, *states[-1])
+        counts, low, high = (torch.stack(t) for t in list(zip(*states, strict=True))[:3])
+        # neither a division by a number nor lerp: not the same on every device
+        steps = torch.arange(302, dtype=torch.float64, device=x.device) / counts.new_full((), 301)
+        edges = low.double().unsqueeze(1) + (high.double() - low).unsqueeze(1) * steps
+        found = [counts, low, high]
+        for p in exponents:
+            for zero_point, constraint in ((None, "none"), (0, "fp16"), (3, "power_of_two")):
+                scale, zero = torch.zeros_like(low), torch.zeros_like(low, dtype=torch.int32)
+                outputs = scale, zero, counts.new_zeros(9, 3)
+                grid = -128, 127, p
+                op("lp_search")(counts, edges, low, high, *outputs, *grid, zero_point, constraint)
+                again = op("lp_error")(counts, edges, low, high, scale, zero, *grid)
+                found += [*outputs, again]
+        return found
+
+    return run
 
 
 def choose_qparams(op: Op, x: Tensor) -> Sequence[Tensor]:
@@ -253,7 +253,7 @@ def observe_fake_quantize(groups: str) -> Work:
     return run
 
 
-SEARCHES = ("range_search", "lp_search")  # of finite values
+SEARCHES = ("range_search", "lp_search", "lp_search_powers")  # of finite values
 OF_COUNTS = (*SEARCHES, "kl_search", "choose_qparams")  # the dtype of x changes nothing
 WORK: dict[str, Work] = {
     **{f"minmax_{update}": minmax(update, "ignore", False) for update in ("running", "memoryless")},
@@ -278,7 +278,8 @@ WORK: dict[str, Work] = {
     },
     "range_search": range_search,
     "kl_search": kl_search,
-    "lp_search": lp_search,
+    "lp_search": lp_search(2.0),
+    "lp_search_powers": lp_search(2.4, 0.5),
     "choose_qparams": choose_qparams,
     "fake_quantize": fake_quantize("none"),
     "fake_quantize_axis": fake_quantize("axis", "contiguous"),
