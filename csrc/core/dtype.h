@@ -8,9 +8,11 @@
 #if defined(__CUDACC__)
 #define PYOBS_HD static __host__ __device__ __forceinline__
 #define PYOBS_HD_LARGE static __host__ __device__ inline
+#define PYOBS_HD_CALLED static __host__ __device__ __noinline__
 #else
 #define PYOBS_HD static inline __attribute__((always_inline))
 #define PYOBS_HD_LARGE static inline  // what need not be inlined
+#define PYOBS_HD_CALLED PYOBS_HD      // what a device calls, as it is large there
 #endif
 
 namespace pyobserver {

@@ -801,7 +801,7 @@ def many_bins() -> Batch:
 @pytest.mark.parametrize("cuda", cuda_backends())
 def test_cuda_is_the_cpu(cuda: Backend, constraint: str, p: float) -> None:
     """To the last bit; but a GPU has powers of its own."""
-    batches = [(random_batch(20, 12)[0], GRIDS)]
+    batches = [(random_batch(20, 5)[0], GRIDS[::2])]
     if p == 2.0:
         batches.append((many_bins(), [Grid(0, 255), Grid(-128, 127, 0)]))
     for histograms, grids in batches:

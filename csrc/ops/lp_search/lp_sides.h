@@ -26,12 +26,11 @@ PYOBS_HD Power of_split(const Power& measure) { return {greatest_of(measure.p, 1
 
 PYOBS_HD double power(const Square&, double x) { return x * x; }
 PYOBS_HD double integral(const Square&, double x) { return x * x * x / 3.0; }
-PYOBS_HD double power(const Power& measure, double x) {
-  return __builtin_pow(__builtin_fabs(x), measure.p);
-}
+PYOBS_HD_CALLED double power_of(double x, double p) { return __builtin_pow(__builtin_fabs(x), p); }
+PYOBS_HD double power(const Power& measure, double x) { return power_of(x, measure.p); }
 PYOBS_HD double integral(const Power& measure, double x) {
   const double p = measure.p + 1.0;
-  return __builtin_copysign(__builtin_pow(__builtin_fabs(x), p) / p, x);
+  return __builtin_copysign(power_of(x, p) / p, x);
 }
 
 // The values of one sign by their magnitudes, ascending: cells of even density, and the extremes.
