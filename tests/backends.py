@@ -42,6 +42,8 @@ _REFERENCES = {
     "_fake_quantize_mask": ("fake_quantize", "reference_mask"),
     "_fake_quantize_out": ("fake_quantize", "reference_out"),
     "_fake_quantize_backward": ("fake_quantize", "reference_backward"),
+    "_learnable_fake_quantize": ("learnable_fake_quantize", "reference"),
+    "_learnable_fake_quantize_backward": ("learnable_fake_quantize", "reference_backward"),
     "_observe_fake_quantize": ("observe_fake_quantize", "reference"),
     "_observe_fake_quantize_mask": ("observe_fake_quantize", "reference_mask"),
 }

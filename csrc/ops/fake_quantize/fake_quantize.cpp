@@ -26,7 +26,20 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
                           0,
                           layout.channels,
                           layout.inner};
-  if (!off && n > 0) {  // what is switched off may hold any scale
+  const bool per_group = args.grouping.axis >= 0 || args.grouping.block_size != nullptr;
+  const auto grid_of = [&](bool float_zero_point) {
+    return quant_grid(dtype, args.quant_min, args.quant_max, per_group, float_zero_point);
+  };
+  Scratch<int32_t> rounded(args.rounds_zero_point && n > 0 ? layout.groups : 0);
+  if (args.rounds_zero_point && n > 0) {
+    const float* zero_points = const_data<float>(args.zero_point);
+    check_learned_values(op, params.scale, zero_points, layout.groups);
+    for (int64_t i = 0; i < layout.groups; ++i) {
+      rounded[i] = rounded_zero_point(zero_points[i], grid_of(false));
+    }
+    params.zero_point = rounded.data();
+    params.type = ZeroPointType::int32;
+  } else if (!off && n > 0) {  // what is switched off may hold any scale
     check_grid_values(op, params.scale, params.zero_point, params.type, layout.groups,
                       args.quant_min, args.quant_max);
   }
@@ -34,9 +47,7 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
   if (n == 0) {
     return y;
   }
-  const bool per_group = args.grouping.axis >= 0 || args.grouping.block_size != nullptr;
-  const QuantGrid grid = quant_grid(dtype, args.quant_min, args.quant_max, per_group,
-                                    params.type == ZeroPointType::float32);
+  const QuantGrid grid = grid_of(params.type == ZeroPointType::float32);
   const void* from = x.const_data_ptr();
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const int64_t size = element_size(dtype);

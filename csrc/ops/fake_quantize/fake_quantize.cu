@@ -30,6 +30,7 @@ struct DeviceParams {
   const float* scale;
   const void* zero_point;
   ZeroPointType type;
+  bool rounds;  // a float zero point, to an integer of the grid
   DeviceSwitch enabled;
 };
 
@@ -40,9 +41,14 @@ struct GroupParams {
 };
 
 template <class Zero>
-PYOBS_DEVICE GroupParams<Zero> load_params(const DeviceParams& params, int64_t group) {
+PYOBS_DEVICE GroupParams<Zero> load_params(const DeviceParams& params, int64_t group,
+                                           const QuantGrid& grid) {
   const float scale = params.scale[group];
-  return {scale, 1.0f / scale, read_zero_point<Zero>(params.zero_point, params.type, group)};
+  Zero zero_point = read_zero_point<Zero>(params.zero_point, params.type, group);
+  if (params.rounds) {
+    zero_point = static_cast<Zero>(rounded_zero_point(static_cast<float>(zero_point), grid));
+  }
+  return {scale, 1.0f / scale, zero_point};
 }
 
 template <class T>
@@ -107,7 +113,8 @@ template <Kind kind, class Zero, class T, class Index>
 PYOBS_DEVICE bool quantize_at(T* value, int64_t i, const DeviceParams& params, const Index& layout,
                               const QuantGrid& grid) {
   const int64_t group = group_at<kind>(layout, i);
-  return quantize(*value, value, load_params<Zero>(params, group), grid, grid.float_zero_point);
+  return quantize(*value, value, load_params<Zero>(params, group, grid), grid,
+                  grid.float_zero_point);
 }
 
 // y may be x: each thread reads what it writes. step: in packs; threads from there on have none.
@@ -134,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kScales; ++j) {
       const int64_t first = thread * kSize + j;
-      kept[j] = load_params<Zero>(params, group_at<kind>(layout, first < n ? first : 0));
+      kept[j] = load_params<Zero>(params, group_at<kind>(layout, first < n ? first : 0), grid);
     }
   }
   const auto load = [&](int64_t pack, Some* values) {
@@ -165,11 +172,11 @@ __global__ void __launch_bounds__(kThreads)
         const auto first = static_cast<uint32_t>(pack * kSize);
         const uint32_t run = layout.by_inner.divide(first);
         const uint32_t left = (run + 1) * layout.by_inner.divisor - first;
-        const auto here = load_params<Zero>(params, group_of_run(layout, run));
+        const auto here = load_params<Zero>(params, group_of_run(layout, run), grid);
         if (left >= kSize) {
           bits = quantize_pack(&values, grid, float_zero_point, [&](int) { return here; });
         } else {
-          const auto after = load_params<Zero>(params, group_of_run(layout, run + 1));
+          const auto after = load_params<Zero>(params, group_of_run(layout, run + 1), grid);
           bits = quantize_pack(&values, grid, float_zero_point,
                                [&](int j) { return j < static_cast<int>(left) ? here : after; });
         }
@@ -311,10 +318,10 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
   }
   const DividedLayout layout = divided_layout(op, walk);
   const DeviceParams params = {const_data<float>(args.scale), args.zero_point.const_data_ptr(),
-                               zero_point_type(args.zero_point), enabled};
+                               zero_point_type(args.zero_point), args.rounds_zero_point, enabled};
   const bool per_group = args.grouping.axis >= 0 || args.grouping.block_size != nullptr;
   const QuantGrid grid = quant_grid(dtype, args.quant_min, args.quant_max, per_group,
-                                    params.type == ZeroPointType::float32);
+                                    params.type == ZeroPointType::float32 && !params.rounds);
   const CudaContext cuda(op, x);
   void* to = y.mutable_data_ptr();
   dispatch(dtype, x.const_data_ptr(), [&](const auto* from) {

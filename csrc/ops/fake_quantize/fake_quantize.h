@@ -80,6 +80,13 @@ PYOBS_HD Value read_zero_point(const void* zero_point, ZeroPointType type, int64
   }
 }
 
+// The integer of the grid that a learned zero point stands for; a NaN is the least.
+PYOBS_HD int32_t rounded_zero_point(float zero_point, const QuantGrid& grid) {
+  double rounded = round_even(static_cast<double>(zero_point));
+  rounded = rounded > grid.quant_min ? rounded : grid.quant_min;
+  return static_cast<int32_t>(rounded < grid.quant_max ? rounded : grid.quant_max);
+}
+
 // Element i of a piece has the scale and zero point base + (i / inner) % channels.
 struct ChannelParams {
   const float* scale;

@@ -60,6 +60,16 @@ inline void check_grid_values(const char* op, const float* scales, const void* z
   }
 }
 
+// The same for a float zero point that is to be rounded to an integer of the grid.
+inline void check_learned_values(const char* op, const float* scales, const float* zero_points,
+                                 int64_t count) {
+  check_grid_values(op, scales, zero_points, ZeroPointType::float32, count, 0, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    check(zero_points[i] == zero_points[i], op, ": zero_point: expected numbers, got ",
+          zero_points[i]);
+  }
+}
+
 inline QuantGrid quant_grid(DType dtype, int64_t quant_min, int64_t quant_max, bool per_group,
                             bool float_zero_point) {
   constexpr int64_t kExact = 1 << 22;  // a difference of two such integers is exact in float32
@@ -110,6 +120,7 @@ struct FakeQuantizeArgs {
   const std::optional<Tensor>& enabled;
   const Tensor* out;
   uint8_t* mask;
+  bool rounds_zero_point = false;  // a float one, to an integer of the grid
 };
 
 // Each of the two libraries has its own.

@@ -1,0 +1,307 @@
+// CUDA kernels and glue of learnable_fake_quantize: its backward in one launch, which reads x and
+// the gradient once and writes the gradient of x. The sums of chunks stay on the device, 16 bytes
+// each; the last block adds those of a group. The order is that of learnable_fake_quantize.h.
+//
+// Long runs: a warp, or a part of one where a group has few elements, takes a chunk, lane after
+// lane in a row, eight elements a thread in flight. Short runs: a thread takes a chunk, its
+// neighbours the same rows of the next groups.
+#include <type_traits>
+
+#include "../../core/cuda.h"
+#include "../../core/device_layout.cuh"
+#include "learnable_fake_quantize_glue.h"
+
+namespace pyobserver {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 16;
+constexpr int kFlight = kLanes / kWarp;  // elements of a thread in flight
+
+// Where the members of a chunk lie in the walk, without a division of 64 bits for each: of a walk
+// that is that of memory, whose groups span two axes at most.
+struct NearMembers {
+  Divisor by_first;
+  bool long_runs;  // a chunk comes to the end of one at most
+  int64_t size;    // of the first axis
+};
+// Of any layout.
+struct AnyMembers {
+  DeviceLayout layout;
+};
+
+struct NearPlaces {
+  const GroupWalk& walk;
+  const NearMembers& members;
+  int64_t base, begin, within, next;  // begin is element `within` of run `next`
+
+  __device__ __forceinline__ NearPlaces(const GroupWalk& walk_, const NearMembers& members_,
+                                        int64_t base_, int64_t begin_)
+      : walk(walk_), members(members_), base(base_), begin(begin_) {
+    next = begin / members.size;
+    within = begin - next * members.size;
+  }
+  __device__ __forceinline__ int64_t of(int64_t e) const {
+    const int64_t from_run = within + (e - begin);
+    const int64_t runs = members.long_runs
+                             ? from_run >= members.size
+                             : members.by_first.divide(static_cast<uint32_t>(from_run));
+    return base + (from_run - runs * members.size) * walk.own[0].step +
+           (next + runs) * walk.own[1].step;
+  }
+  __device__ __forceinline__ int64_t of_x(int64_t place) const { return place; }
+};
+
+struct AnyPlaces {
+  const GroupWalk& walk;
+  const AnyMembers& members;
+  int64_t base;
+
+  __device__ __forceinline__ AnyPlaces(const GroupWalk& walk_, const AnyMembers& members_,
+                                       int64_t base_, int64_t)
+      : walk(walk_), members(members_), base(base_) {}
+  __device__ __forceinline__ int64_t of(int64_t e) const { return base + place_of_member(walk, e); }
+  __device__ __forceinline__ int64_t of_x(int64_t place) const {
+    return place_of(members.layout, place);
+  }
+};
+
+template <class Members>
+struct PlacesOf;
+template <>
+struct PlacesOf<NearMembers> {
+  using type = NearPlaces;
+};
+template <>
+struct PlacesOf<AnyMembers> {
+  using type = AnyPlaces;
+};
+
+PYOBS_DEVICE LearnedSums plus(const LearnedSums& a, const LearnedSums& b) {
+  return {a.scale + b.scale, a.zero_point + b.zero_point};
+}
+
+// Elements [begin, end), as `width` threads next to each other sum them, this one the lane-th: all
+// at once where width is less than a warp. load(e) gives what term makes a term of. All
+// threads of a warp call it; the first of the `width` gets the sum. in_flight: all loads before the
+// first term; else the code is small, and the sums of a thread lie in local memory.
+template <bool in_flight, class Load, class Term>
+PYOBS_DEVICE LearnedSums sum_lanes(int width, int lane, int64_t begin, int64_t end,
+                                   const Load& load, const Term& term) {
+  LearnedSums sums[kFlight] = {};
+  const int64_t rows = int64_t{kFlight} * width;
+  if constexpr (in_flight) {
+    for (int64_t row = begin + lane; row < end; row += rows) {
+      decltype(load(row)) loaded[kFlight];
+#pragma unroll
+      for (int s = 0; s < kFlight; ++s) {
+        const int64_t e = row + s * width;
+        loaded[s] = load(e < end ? e : begin);
+      }
+#pragma unroll
+      for (int s = 0; s < kFlight; ++s) {
+        if (row + s * width < end) {
+          sums[s] = plus(sums[s], term(loaded[s]));
+        }
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int s = 0; s < kFlight; ++s) {
+      for (int64_t e = begin + lane + s * width; e < end; e += rows) {
+        sums[s] = plus(sums[s], term(load(e)));
+      }
+    }
+  }
+#pragma unroll
+  for (int half = kFlight / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int s = 0; s < half; ++s) {
+      sums[s] = plus(sums[s], sums[s + half]);
+    }
+  }
+  LearnedSums sum = sums[0];
+  for (int half = width / 2; half > 0; half /= 2) {
+    sum = plus(sum, {__shfl_down_sync(kAllLanes, sum.scale, half),
+                     __shfl_down_sync(kAllLanes, sum.zero_point, half)});
+  }
+  return sum;
+}
+
+template <class T>
+struct Element {
+  T x, grad;
+  int64_t place;
+};
+
+template <class T, class Places>
+PYOBS_DEVICE Element<T> load_element(const LearnedBackward& args, const Places& places, int64_t e) {
+  const int64_t place = places.of(e);
+  return {static_cast<const T*>(args.x)[places.of_x(place)],
+          static_cast<const T*>(args.grad)[place], place};
+}
+
+template <class T>
+PYOBS_DEVICE LearnedSums quantize_gradient(const LearnedBackward& args, const Element<T>& element,
+                                           const LearnedParams& params) {
+  const auto found = learned_grads(widen_fast(element.x), widen_fast(element.grad), params,
+                                   args.grid, args.grad_factor);
+  narrow_fast(found.x, &static_cast<T*>(args.grad_x)[element.place]);
+  return {static_cast<double>(found.scale), static_cast<double>(found.zero_point)};
+}
+
+PYOBS_DEVICE void write(const LearnedBackward& args, int64_t group, int64_t chunk,
+                        const LearnedSums& sums) {
+  if (args.walk.chunks > 1) {
+    args.sums[group * args.walk.chunks + chunk] = sums;
+  } else {
+    args.grad_scale[group] = static_cast<float>(sums.scale);
+    args.grad_zero_point[group] = static_cast<float>(sums.zero_point);
+  }
+}
+
+// What the last block does. finished: how many blocks are through.
+PYOBS_DEVICE void finish(const LearnedBackward& args, unsigned* finished) {
+  if (args.walk.chunks == 1 || !is_last_block(finished, gridDim.x)) {
+    return;
+  }
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t group = threadIdx.x / kWarp; group < args.walk.groups; group += kThreads / kWarp) {
+    const LearnedSums* sums = args.sums + group * args.walk.chunks;
+    const LearnedSums total = sum_lanes<true>(
+        kWarp, lane, 0, args.walk.chunks,
+        [&](int64_t k) { return LearnedSums{__ldcg(&sums[k].scale), __ldcg(&sums[k].zero_point)}; },
+        [](const LearnedSums& chunk) { return chunk; });
+    if (lane == 0) {
+      args.grad_scale[group] = static_cast<float>(total.scale);
+      args.grad_zero_point[group] = static_cast<float>(total.zero_point);
+    }
+  }
+}
+
+// width: threads of a chunk, a power of two.
+template <class T, class Members>
+__global__ void __launch_bounds__(kThreads)
+    long_kernel(LearnedBackward args, Members members, int width, unsigned* finished) {
+  constexpr bool kNear = std::is_same<Members, NearMembers>::value;
+  const GroupWalk& walk = args.walk;
+  const int64_t units = walk.groups * walk.chunks;
+  const int lane = threadIdx.x % width;
+  const int64_t step = threads_of_grid() / width;
+  // the units of a warp, so that all its lanes come to every shuffle
+  for (int64_t of_warp = thread_of_grid() / kWarp * (kWarp / width); of_warp < units;
+       of_warp += step) {
+    const int64_t unit = of_warp + threadIdx.x % kWarp / width;
+    const bool valid = unit < units;
+    const int64_t group = valid ? unit / walk.chunks : 0;
+    const int64_t chunk = valid ? unit - group * walk.chunks : 0;
+    const LearnedParams params =
+        learned_params(args.scale[group], args.zero_point[group], args.grid);
+    const int64_t begin = chunk * walk.chunk;
+    const int64_t most = begin + walk.chunk < walk.members ? begin + walk.chunk : walk.members;
+    const typename PlacesOf<Members>::type places(walk, members, first_of_group(walk, group),
+                                                  begin);
+    const LearnedSums sums = sum_lanes<kNear>(
+        width, lane, begin, valid ? most : begin,
+        [&](int64_t e) { return load_element<T>(args, places, e); },
+        [&](const Element<T>& element) { return quantize_gradient(args, element, params); });
+    if (valid && lane == 0) {
+      write(args, group, chunk, sums);
+    }
+  }
+  finish(args, finished);
+}
+
+template <class T, class Members>
+__global__ void __launch_bounds__(kThreads)
+    short_kernel(LearnedBackward args, Members members, unsigned* finished) {
+  constexpr int kAtOnce = std::is_same<Members, NearMembers>::value ? kFlight : 1;
+  const GroupWalk& walk = args.walk;
+  const int64_t units = walk.groups * walk.chunks;
+  for (int64_t unit = thread_of_grid(); unit < units; unit += threads_of_grid()) {
+    const int64_t chunk = unit / walk.groups;
+    const int64_t group = unit - chunk * walk.groups;
+    const LearnedParams params =
+        learned_params(args.scale[group], args.zero_point[group], args.grid);
+    const int64_t begin = chunk * walk.chunk;
+    const int64_t end = begin + walk.chunk < walk.members ? begin + walk.chunk : walk.members;
+    const typename PlacesOf<Members>::type places(walk, members, first_of_group(walk, group),
+                                                  begin);
+    LearnedSums sums = {0.0, 0.0};
+    for (int64_t row = begin; row < end; row += kAtOnce) {
+      Element<T> elements[kAtOnce];
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s) {
+        elements[s] = load_element<T>(args, places, row + s < end ? row + s : begin);
+      }
+#pragma unroll
+      for (int s = 0; s < kAtOnce; ++s) {
+        if (row + s < end) {
+          sums = plus(sums, quantize_gradient(args, elements[s], params));
+        }
+      }
+    }
+    write(args, group, chunk, sums);
+  }
+  finish(args, finished);
+}
+
+// Threads of a chunk: a warp, or so many that a group's elements are at most kFlight of each.
+int width_of(const GroupWalk& walk) {
+  int width = 1;
+  while (width < kWarp && int64_t{kFlight} * width < walk.members) {
+    width *= 2;
+  }
+  return width;
+}
+
+NearMembers near_members(const GroupWalk& walk) {
+  constexpr int64_t kLong = int64_t{1} << 30;
+  const int64_t size = walk.own_count > 0 ? walk.own[0].size : 1;
+  return {Divisor(size < kLong ? size : 1), size >= kLong, size};
+}
+
+}  // namespace
+
+void learnable_backward(DType dtype, const LearnableArgs& args, const Layout& layout,
+                        const LearnableGrads& grads) {
+  LearnedBackward call = learned_args(dtype, args, layout, grads);
+  const GroupWalk& walk = call.walk;
+  const CudaContext cuda(kLearnableBackward, args.x);
+  const int64_t chunks = walk.groups * walk.chunks;
+  std::optional<DeviceScratch> scratch;
+  unsigned* finished = nullptr;
+  if (walk.chunks > 1) {
+    const int64_t bytes = chunks * static_cast<int64_t>(sizeof(LearnedSums));
+    scratch.emplace(args.x, bytes + static_cast<int64_t>(sizeof(unsigned)));
+    call.sums = scratch->at<LearnedSums>(0);
+    finished = scratch->at<unsigned>(bytes);
+    cuda.zero(finished, sizeof(unsigned));
+  }
+  const int width = width_of(walk);
+  const unsigned blocks =
+      cuda.blocks(walk.short_runs ? chunks : chunks * width, kThreads, kBlocksPerMultiprocessor);
+  dispatch(dtype, call.x, [&](const auto* from) {
+    using T = typename Pointee<decltype(from)>::type;
+    const auto launch = [&](const auto& members) {
+      using Members = typename std::decay<decltype(members)>::type;
+      if (walk.short_runs) {
+        cuda.launch(short_kernel<T, Members>, blocks, kThreads, 0, call, members, finished);
+      } else {
+        cuda.launch(long_kernel<T, Members>, blocks, kThreads, 0, call, members, width, finished);
+      }
+    };
+    if (layout.dense && walk.own_count <= 2) {
+      launch(near_members(walk));
+    } else {
+      launch(AnyMembers{device_layout(kLearnableBackward, layout)});
+    }
+  });
+}
+
+}  // namespace pyobserver
+
+STABLE_TORCH_LIBRARY_IMPL(pyobserver, CUDA, m) {
+  m.impl("_learnable_fake_quantize", TORCH_BOX(&pyobserver::learnable));
+  m.impl("_learnable_fake_quantize_backward", TORCH_BOX(&pyobserver::learnable_backward_op));
+}
