@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from .. import _checks
 from ._blocks import split
+from ._elementwise import (
+    check_backward,
+    empty_output,
+    in_memory_order,
+    is_dense,
+    mask_bytes,
+    needs_gradient,
+    pack_mask,
+    unpack_mask,
+    with_strides,
+)
 from ._library import define, define_composite
 
 
@@ -71,7 +81,7 @@ def _check_out(
         got = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f"{op}: out: expected x's dtype, {x.dtype}, got {got}")
     _checks.check_same_device(op, x, {"out": out})
-    dense = _is_dense(x)
+    dense = is_dense(x)
     laid_out = out.stride() == x.stride() if dense else out.is_contiguous()
     if out.shape != x.shape or not laid_out:
         raise ValueError(
@@ -101,29 +111,6 @@ def check_values(
 def is_off(enabled: Tensor | None) -> bool:
     """Whether a switch on the CPU is off."""
     return enabled is not None and enabled.device.type == "cpu" and not bool(enabled)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory without gap or overlap, in any order of axes."""
-    expected = 1
-    for stride, size in sorted(
-        (stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1
-    ):
-        if stride != expected:
-            return False
-        expected *= size
-    return x.numel() > 0
-
-
-def _empty_output(x: Tensor) -> Tensor:
-    """The output of an elementwise op: x's strides where x is dense, else contiguous."""
-    if _is_dense(x):
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _mask_bytes(x: Tensor) -> int:
-    return (x.numel() + 7) // 8
 
 
 def _quantize(
@@ -169,13 +156,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     _check(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
     if x.numel() == 0:
-        return _empty_output(x), torch.empty_like(x, dtype=torch.bool)
+        return empty_output(x), torch.empty_like(x, dtype=torch.bool)
     check_values("fake_quantize", scale, zero_point, quant_min, quant_max, is_off(enabled))
     y, inside = _quantize(x, scale, zero_point, quant_min, quant_max, axis, block_size)
     if enabled is not None:
         off = enabled.reshape(()) == 0
         y, inside = torch.where(off, x, y.to(x.dtype)), inside | off
-    return _empty_output(x).copy_(y), inside
+    return empty_output(x).copy_(y), inside
 
 
 def reference(
@@ -218,46 +205,32 @@ def reference_mask(
     block_size: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     y, inside = _forward(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
-    bits = torch.zeros(_mask_bytes(x) * 8, dtype=torch.uint8, device=x.device)
-    in_memory = torch.empty_like(y, dtype=torch.bool).copy_(inside)
-    bits[: x.numel()] = in_memory.as_strided((x.numel(),), (1,))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
-    return y, (bits.reshape(-1, 8) * weights).sum(1, dtype=torch.uint8)
+    return y, pack_mask(inside, y)
 
 
 def _check_backward(grad: Tensor, mask: Tensor) -> None:
-    op = "fake_quantize_backward"
-    _checks.check_input(op, "grad", grad)
-    _checks.check_state(op, "mask", mask, (torch.uint8,), _mask_bytes(grad))
-    _checks.check_same_device(op, grad, {"mask": mask})
-    if grad.numel() and not _is_dense(grad):
-        raise ValueError(
-            f"{op}: grad: expected a dense tensor, laid out as the forward's output, "
-            f"got shape {tuple(grad.shape)} with strides {grad.stride()}"
-        )
+    check_backward("fake_quantize_backward", grad, mask)
 
 
 def reference_backward(grad: Tensor, mask: Tensor) -> Tensor:
     _check_backward(grad, mask)
-    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits = (mask.unsqueeze(1) >> shifts) & 1
-    result = _empty_output(grad)
-    flat = grad.as_strided((grad.numel(),), (1,), grad.storage_offset())
+    result = empty_output(grad)
     # a product, as in torch: a clipped NaN or infinite gradient is NaN, a clipped -1 is -0
-    result.as_strided((grad.numel(),), (1,)).copy_(flat * bits.reshape(-1)[: grad.numel()])
+    kept = in_memory_order(grad) * unpack_mask(mask, grad.numel())
+    in_memory_order(result).copy_(kept)
     return result
 
 
 def fake(x: Tensor, *args: Any) -> Tensor:
-    return _empty_output(x)
+    return empty_output(x)
 
 
 def fake_mask(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _empty_output(x), x.new_empty(_mask_bytes(x), dtype=torch.uint8)
+    return empty_output(x), x.new_empty(mask_bytes(x), dtype=torch.uint8)
 
 
 def _fake_backward(grad: Tensor, mask: Tensor) -> Tensor:
-    return _empty_output(grad)
+    return empty_output(grad)
 
 
 _OPTIONS = (
@@ -300,17 +273,7 @@ class StraightThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        if grad.stride() != ctx.strides:
-            # the bits of the mask lie in the order of the output's memory
-            grad = torch.empty_strided(
-                grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device
-            ).copy_(grad)
-        return None, _op_backward(grad, mask), *ctx.nones
-
-
-def needs_gradient(x: Tensor) -> bool:
-    # in forward mode the function refuses, where the op would give a derivative of zero
-    return (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
+        return None, _op_backward(with_strides(grad, ctx.strides), mask), *ctx.nones
 
 
 def fake_quantize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _checks
+from ._elementwise import needs_gradient
 from ._library import (
     define,
     define_composite,
@@ -26,7 +27,6 @@ from .fake_quantize import (
     fake,
     fake_mask,
     is_off,
-    needs_gradient,
 )
 from .fake_quantize import _op as op_fake_quantize
 from .fake_quantize import _op_mask as op_fake_quantize_mask
