@@ -46,6 +46,11 @@ _REFERENCES = {
     "_learnable_fake_quantize_backward": ("learnable_fake_quantize", "reference_backward"),
     "_observe_fake_quantize": ("observe_fake_quantize", "reference"),
     "_observe_fake_quantize_mask": ("observe_fake_quantize", "reference_mask"),
+    "_tensor_quant": ("tensor_quant", "reference"),
+    "_tensor_quant_mask": ("tensor_quant", "reference_mask"),
+    "_tensor_quant_backward": ("tensor_quant", "reference_backward"),
+    "_fake_tensor_quant": ("tensor_quant", "reference_fake"),
+    "_fake_tensor_quant_mask": ("tensor_quant", "reference_fake_mask"),
 }
 _CODES = {
     name: code

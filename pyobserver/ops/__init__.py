@@ -10,10 +10,12 @@ from .lp_search import lp_error, lp_search
 from .minmax import minmax
 from .observe_fake_quantize import observe_fake_quantize
 from .range_search import range_search
+from .tensor_quant import fake_tensor_quant, tensor_quant
 
 __all__ = [
     "choose_qparams",
     "fake_quantize",
+    "fake_tensor_quant",
     "histogram",
     "histogram_combine",
     "kl_search",
@@ -27,4 +29,5 @@ __all__ = [
     "minmax",
     "observe_fake_quantize",
     "range_search",
+    "tensor_quant",
 ]

@@ -227,6 +227,27 @@ def switched_off(op: Op, x: Tensor) -> Sequence[Tensor]:
     return op("_fake_quantize_mask")(x, *grid_state(x, (1,)), -8, 7, None, off)
 
 
+def tensor_quant(layout: str | None = None) -> Work:
+    """Every op, for one amax; of a shape for one an index of each axis, and of two axes."""
+
+    def run(op: Op, x: Tensor) -> Sequence[Tensor]:
+        x = x if layout is None else shaped(x.dtype, layout, x.device)
+        sizes = [(1,)] if layout is None else [(67, 1, 1), (41, 1), (81,), (67, 1, 81)]
+        found = []
+        for size in sizes:
+            index = torch.arange(math.prod(size), device=x.device)
+            amax = (index * 7 % 11).float().reshape(size)
+            q, scale, bits = op("_tensor_quant_mask")(x, amax, 4, False, False)
+            y, mask = op("_fake_tensor_quant_mask")(x, amax, 8, False, True)
+            grad = op("_tensor_quant_backward")(y, mask)
+            found += [q, scale, bits, y, mask, grad]
+            found += op("_tensor_quant")(x, amax, 8, False, True)
+            found.append(op("_fake_tensor_quant")(x, amax, 4, False, False))
+        return found
+
+    return run
+
+
 def observe_fake_quantize(groups: str) -> Work:
     def run(op: Op, x: Tensor) -> Sequence[Tensor]:
         options: dict[str, Any] = {}
@@ -287,6 +308,9 @@ WORK: dict[str, Work] = {
     "fake_quantize_blocks": fake_quantize("blocks", "contiguous"),
     "fake_quantize_blocks_sliced": fake_quantize("blocks", "sliced"),
     "fake_quantize_off": switched_off,
+    "tensor_quant": tensor_quant(),
+    "tensor_quant_transposed": tensor_quant("transposed"),
+    "tensor_quant_sliced": tensor_quant("sliced"),
     **{
         f"observe_fake_quantize_{groups}": observe_fake_quantize(groups)
         for groups in ("none", "axis", "blocks")

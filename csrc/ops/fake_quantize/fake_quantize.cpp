@@ -6,6 +6,7 @@
 
 #include "../../core/parallel.h"
 #include "fake_quantize_glue.h"
+#include "mask_backward.h"
 
 namespace pyobserver {
 Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
@@ -79,21 +80,7 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
 namespace {
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
-  const DType dtype = input_dtype(kFakeQuantizeBackward, "grad", grad);
-  const int64_t n = grad.numel();
-  check_backward(kFakeQuantizeBackward, grad, mask);
-  Tensor out = empty_output(grad, n > 0);
-  if (n == 0) {
-    return out;
-  }
-  const void* from = grad.const_data_ptr();
-  void* to = out.mutable_data_ptr();
-  const uint8_t* bits = const_data<uint8_t>(mask);
-  const auto& table = fake_quantize_table();
-  for_each_part(n, part_count(n), 64, [&](int64_t, int64_t begin, int64_t end) {
-    table.backward(dtype, from, bits, to, begin, end);
-  });
-  return out;
+  return mask_backward(kFakeQuantizeBackward, grad, mask, fake_quantize_table().backward);
 }
 
 }  // namespace
