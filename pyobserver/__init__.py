@@ -1,6 +1,6 @@
 """Observers and fake-quantize for PyTorch, in compiled kernels."""
 
-from . import distributed, ops, ranges
+from . import distributed, ops, ranges, tensor_quant
 from . import fake_quantize as _fake_quantize
 from . import observers as _observers
 from ._native import NativeStatus
@@ -28,5 +28,6 @@ __all__ = [
     "ops",
     "ranges",
     "register_with_hosts",
+    "tensor_quant",
 ]
 __all__ += [*_fake_quantize.__all__, *_observers.__all__]

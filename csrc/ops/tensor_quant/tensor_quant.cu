@@ -23,20 +23,23 @@ struct DeviceAmax {
   int64_t count;
 };
 
+// A call, not inlined: it is needed at most once a pack, or in loops that are slow anyhow.
 template <class Compute>
-PYOBS_DEVICE AmaxScale<Compute> amax_at(const DeviceAmax& amax, int64_t at, float max_bound) {
+static __device__ __attribute__((noinline)) AmaxScale<Compute> amax_at(const void* values,
+                                                                       DType type, int64_t at,
+                                                                       float max_bound) {
   float value;
-  switch (amax.type) {
+  switch (type) {
     case DType::float64:
-      return read_amax<Compute>(static_cast<const double*>(amax.values)[at], max_bound);
+      return read_amax<Compute>(static_cast<const double*>(values)[at], max_bound);
     case DType::float16:
-      value = to_float(static_cast<const Half*>(amax.values)[at]);
+      value = to_float(static_cast<const Half*>(values)[at]);
       break;
     case DType::bfloat16:
-      value = to_float(static_cast<const BFloat16*>(amax.values)[at]);
+      value = to_float(static_cast<const BFloat16*>(values)[at]);
       break;
     default:
-      value = static_cast<const float*>(amax.values)[at];
+      value = static_cast<const float*>(values)[at];
   }
   return read_amax<Compute>(value, max_bound);
 }
@@ -95,7 +98,7 @@ __global__ void forward_kernel(const T* __restrict__ x, T* __restrict__ y,
   const int64_t thread = thread_of_grid(), threads = threads_of_grid();
   if (amax.scales != nullptr) {
     for (int64_t i = thread; i < amax.count; i += threads) {
-      const AmaxScale<double> of_amax = amax_at<double>(amax, i, grid.max_bound);
+      const AmaxScale<double> of_amax = amax_at<double>(amax.values, amax.type, i, grid.max_bound);
       store(of_amax.divisor, static_cast<T*>(amax.scales) + i);
     }
   }
@@ -104,7 +107,7 @@ __global__ void forward_kernel(const T* __restrict__ x, T* __restrict__ y,
   }
   const bool one = layout.groups == 1;
   const bool of_pack = layout.inner % kSize == 0;  // no pack lies across two
-  AmaxScale<Compute> scale = amax_at<Compute>(amax, 0, grid.max_bound);
+  AmaxScale<Compute> scale = amax_at<Compute>(amax.values, amax.type, 0, grid.max_bound);
   // whole warps, for the mask
   const int64_t packs = ((n + kSize - 1) / kSize + kWarp - 1) / kWarp * kWarp;
   for (int64_t pack = thread; pack < packs; pack += threads) {
@@ -113,13 +116,14 @@ __global__ void forward_kernel(const T* __restrict__ x, T* __restrict__ y,
     if (first < n) {
       Pack<T> values = load_pack(x + first, n - first, aligned);
       if (!one && of_pack) {
-        scale = amax_at<Compute>(amax, group_of(layout, first), grid.max_bound);
+        scale = amax_at<Compute>(amax.values, amax.type, group_of(layout, first), grid.max_bound);
       }
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         if (first + i < n) {
           if (!one && !of_pack) {
-            scale = amax_at<Compute>(amax, group_of(layout, first + i), grid.max_bound);
+            scale = amax_at<Compute>(amax.values, amax.type, group_of(layout, first + i),
+                                     grid.max_bound);
           }
           const Compute value = widen(values.values[i]);
           const Compute q = to_amax_grid(value, scale.multiplier, grid);
