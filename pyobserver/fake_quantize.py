@@ -146,7 +146,9 @@ class FakeQuantize(FakeQuantizeBase):
         super().__init__()
         if quant_min is not None or quant_max is not None:
             observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
-        self.activation_post_process = observer(is_dynamic=is_dynamic, **observer_kwargs)
+        if is_dynamic:  # else left out: not every observer knows it
+            observer_kwargs["is_dynamic"] = True
+        self.activation_post_process = observer(**observer_kwargs)
         watcher = self.activation_post_process
         if isinstance(watcher, PerBlockLogHistogramObserver):
             raise TypeError(
