@@ -97,13 +97,18 @@ def _observers(given: Any) -> dict[str, Any]:
     return found
 
 
-def _reduction_device(observers: list[Any], group: Any) -> torch.device:
-    """Where the first observer is, if the group's backends serve that; else where they serve."""
+def serving_device(device: torch.device | None, group: dist.ProcessGroup | None) -> torch.device:
+    """The device, if the group's backends serve it; else one that they do serve."""
     config = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
     served = [pair.partition(":")[0] for pair in config.split(",")]
-    if observers and observers[0].nonfinite_count.device.type in served:
-        return observers[0].nonfinite_count.device
+    if device is not None and device.type in served:
+        return device
     return torch.device("cpu" if "cpu" in served else served[0])
+
+
+def _reduction_device(observers: list[Any], group: Any) -> torch.device:
+    """Where the first observer is, if the group's backends serve that; else where they serve."""
+    return serving_device(observers[0].nonfinite_count.device if observers else None, group)
 
 
 def _agreed_groups(

@@ -31,6 +31,25 @@ def dtype_bounds(dtype: torch.dtype) -> tuple[int, int]:
     return _BOUNDS[dtype]
 
 
+def check_bounds(owner: str, within: tuple[int, int], quant_min: int, quant_max: int) -> None:
+    """Refuse bounds out of order, without zero, or outside those of their owner, a type."""
+    if not quant_min < quant_max:
+        raise ValueError(
+            f"quant_min: expected a value below quant_max, "
+            f"got quant_min={quant_min}, quant_max={quant_max}"
+        )
+    if not quant_min <= 0 <= quant_max:
+        raise ValueError(
+            f"quant_min, quant_max: expected a range that holds 0, got [{quant_min}, {quant_max}]"
+        )
+    least, greatest = within
+    if quant_min < least or quant_max > greatest:
+        raise ValueError(
+            f"quant_min, quant_max: expected a range inside that of {owner}, "
+            f"[{least}, {greatest}], got [{quant_min}, {quant_max}]"
+        )
+
+
 def quant_bounds(
     dtype: torch.dtype, quant_min: int | None, quant_max: int | None, reduce_range: bool
 ) -> tuple[int, int]:
@@ -54,20 +73,7 @@ def quant_bounds(
         if reduce_range and dtype in _EIGHT_BIT:
             return least // 2, greatest // 2
         return least, greatest
-    if not quant_min < quant_max:
-        raise ValueError(
-            f"quant_min: expected a value below quant_max, "
-            f"got quant_min={quant_min}, quant_max={quant_max}"
-        )
-    if not quant_min <= 0 <= quant_max:
-        raise ValueError(
-            f"quant_min, quant_max: expected a range that holds 0, got [{quant_min}, {quant_max}]"
-        )
-    if quant_min < least or quant_max > greatest:
-        raise ValueError(
-            f"quant_min, quant_max: expected a range inside that of {dtype}, "
-            f"[{least}, {greatest}], got [{quant_min}, {quant_max}]"
-        )
+    check_bounds(str(dtype), (least, greatest), quant_min, quant_max)
     if reduce_range:
         return quant_min // 2, quant_max // 2
     return quant_min, quant_max

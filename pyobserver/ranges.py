@@ -225,7 +225,7 @@ def _cumulative(counts: Tensor, edges: Tensor, at: Tensor, inclusive: bool = Tru
     return before.gather(-1, bin_of) + counts.gather(-1, bin_of) * share
 
 
-def _clamped_edges(histogram: Histogram) -> Tensor:
+def clamped_edges(histogram: Histogram) -> Tensor:
     """The edges of each histogram, none outside the values seen."""
     low = histogram.min_val.double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
     high = histogram.max_val.double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
@@ -278,10 +278,10 @@ def _linear_counts(histogram: Histogram, bins: int) -> Tensor:
         histogram.counts.new_empty((*histogram.counts.shape[:-1], bins)), *histogram[1:3], "linear"
     ).edges()
     at = edges.nan_to_num(0.0)
-    return _between(_cumulative(histogram.counts, _clamped_edges(histogram), at))
+    return _between(_cumulative(histogram.counts, clamped_edges(histogram), at))
 
 
-def _constrained(scale: Tensor, constraint: str) -> Tensor:
+def constrained(scale: Tensor, constraint: str) -> Tensor:
     """The scale made one that is allowed: a power of two not below it, the nearest float16."""
     if constraint == "fp16":
         return scale.clamp(_HALF_MIN, _HALF_MAX).half().float()
@@ -304,7 +304,7 @@ def _of_range(low: Tensor, high: Tensor, grid: Grid) -> Choice:
         grid.quant_min, grid.quant_max, mapping, grid.zero_point or 0,
     )  # fmt: skip
     if grid.scale_constraint != "none":
-        scale = torch.where(low > high, scale, _constrained(scale, grid.scale_constraint))
+        scale = torch.where(low > high, scale, constrained(scale, grid.scale_constraint))
         if grid.zero_point is None:
             shift = torch.round(low.clamp(max=0.0) / scale).nan_to_num(0.0).long()
             shifted = (grid.quant_min - shift).clamp(grid.quant_min, grid.quant_max)
@@ -331,7 +331,7 @@ def percentile(
     Affine: half of what is left out is left out on either side. Source: the calibrators of
     ONNX Runtime (both) and NVIDIA's pytorch-quantization (magnitudes).
     """
-    edges = _clamped_edges(histogram)
+    edges = clamped_edges(histogram)
     if grid.zero_point is not None:
         bounds = edges.abs().sort(-1).values
         counts = _magnitude_counts(histogram.counts, edges, bounds)
@@ -383,7 +383,7 @@ def kl(
     """
     wider = torch.maximum(-histogram.min_val, histogram.max_val).double().nan_to_num(0.0, 0.0, 0.0)
     bounds = wider.unsqueeze(-1) * _shares(bins, wider.device)
-    counts = _magnitude_counts(histogram.counts, _clamped_edges(histogram), bounds)
+    counts = _magnitude_counts(histogram.counts, clamped_edges(histogram), bounds)
     levels = grid.quant_max - grid.quant_min + 1
     # which levels a histogram has is known on its device alone: a search nobody needs is off
     one_sided = (histogram.min_val >= 0) | (histogram.max_val <= 0)

@@ -17,7 +17,7 @@ from .histogram_base import HistogramObserverBase
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class _LogHistogramBase(HistogramObserverBase):
+class LogHistogramBase(HistogramObserverBase):
     """Counts by the leading bits of the values, and the least and greatest of them."""
 
     counts: Tensor
@@ -157,7 +157,7 @@ class _LogHistogramBase(HistogramObserverBase):
 
 
 @offer_to_hosts
-class LogHistogramObserver(_LogHistogramBase):
+class LogHistogramObserver(LogHistogramBase):
     """A histogram whose bins are the leading bits of the values; by default the range of least MSE.
 
     There is no range to grow and nothing to carry from bin to bin: the same values give the same
@@ -201,7 +201,7 @@ class LogHistogramObserver(_LogHistogramBase):
 
 
 @offer_to_hosts
-class PerChannelLogHistogramObserver(_LogHistogramBase):
+class PerChannelLogHistogramObserver(LogHistogramBase):
     """A log histogram of each channel, see :class:`LogHistogramObserver`.
 
     The state is sized once: here with ``num_channels``, else by the first tensor. It takes
@@ -251,7 +251,7 @@ class PerChannelLogHistogramObserver(_LogHistogramBase):
 
 
 @offer_to_hosts
-class PerBlockLogHistogramObserver(_LogHistogramBase):
+class PerBlockLogHistogramObserver(LogHistogramBase):
     """A log histogram of each block of a tensor, see :class:`LogHistogramObserver`.
 
     The first tensor sizes the state; all have its shape. Scales and zero points have the shape of

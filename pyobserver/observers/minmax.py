@@ -31,7 +31,7 @@ def _options(observer: Any, own: dict[str, Any]) -> tuple[int | None, str, float
     return axis, update, averaging_constant
 
 
-class _MinMaxBase(UniformQuantizationObserverBase):
+class MinMaxBase(UniformQuantizationObserverBase):
     """Minimum and maximum, folded in by one op; what differs is the update and the axis."""
 
     _update: str
@@ -123,7 +123,7 @@ class _MinMaxBase(UniformQuantizationObserverBase):
 
 
 @offer_to_hosts
-class MinMaxObserver(_MinMaxBase):
+class MinMaxObserver(MinMaxBase):
     """The least and the greatest value of all tensors seen.
 
     Args:
@@ -191,7 +191,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         is_dynamic: bool = False,
         **kwargs: Any,
     ):
-        _check_averaging_constant(type(self).__name__, averaging_constant)
+        check_averaging_constant(type(self).__name__, averaging_constant)
         if is_dynamic and averaging_constant != 1:
             raise NotImplementedError(
                 f"{type(self).__name__}: averaging_constant: expected 1 for dynamic quantization, "
@@ -212,7 +212,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
 
 
 @offer_to_hosts
-class PerChannelMinMaxObserver(_MinMaxBase):
+class PerChannelMinMaxObserver(MinMaxBase):
     """The least and the greatest value of each channel of all tensors seen.
 
     The state is sized once: here with ``num_channels``, else by the first tensor. A tensor with
@@ -317,7 +317,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
         is_dynamic: bool = False,
         **kwargs: Any,
     ):
-        _check_averaging_constant(type(self).__name__, averaging_constant)
+        check_averaging_constant(type(self).__name__, averaging_constant)
         super().__init__(
             ch_axis,
             dtype,
@@ -333,7 +333,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
         self._update = "moving_average"
 
 
-def _check_averaging_constant(owner: str, averaging_constant: float) -> None:
+def check_averaging_constant(owner: str, averaging_constant: float) -> None:
     if not 0.0 < averaging_constant <= 1.0:
         raise ValueError(
             f"{owner}: averaging_constant: expected a value in (0, 1], got {averaging_constant}"

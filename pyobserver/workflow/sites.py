@@ -81,12 +81,17 @@ def _of_type(
 def _of_pattern(names: list[str], pattern: str) -> set[str]:
     taken = {name for name in names if fnmatchcase(name, pattern)}
     if not taken:
-        near = difflib.get_close_matches(pattern, names, n=_SHOWN, cutoff=0.5)
-        found = f"near it are {_shortened(near)}" if near else f"the model has {_shortened(names)}"
         raise ValueError(
-            f"calibrate: modules: expected a name pattern that matches, got {pattern!r}; {found}"
+            f"calibrate: modules: expected a name pattern that matches, got {pattern!r}; "
+            f"{near_matches(pattern, names)}"
         )
     return taken
+
+
+def near_matches(name: str, names: list[str]) -> str:
+    """What a message says of a name that is none of the names."""
+    near = difflib.get_close_matches(name, names, n=_SHOWN, cutoff=0.5)
+    return f"near it are {_shortened(near)}" if near else f"the model has {_shortened(names)}"
 
 
 def _shortened(names: list[str]) -> str:
