@@ -125,7 +125,7 @@ def calibrate(
     calibration = _Calibration(select_modules(model, modules))
     runs = activation is not None
     try:
-        with torch.no_grad(), _eval_mode(model):
+        with torch.no_grad(), eval_mode(model):
             if weight is not None:
                 calibration.observe_weights(weight)
             if activation is not None and batches is not None:
@@ -358,7 +358,8 @@ def _check_factory(argument: str, factory: Any) -> None:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode for a while, and then in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -167,8 +167,9 @@ class HistogramObserver(MethodObserver):
         for observer in found:
             observer.reset_method(method, method_kwargs)
         for module in model.modules():
-            if getattr(module, "activation_post_process", None) in found:
-                module.update_scale()  # type: ignore[operator]
+            update = getattr(module, "update_scale", None)
+            if update and getattr(module, "activation_post_process", None) in found:
+                update()
 
 
 class MSEObserver(MethodObserver):

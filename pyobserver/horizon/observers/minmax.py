@@ -13,7 +13,7 @@ from ...observers.base import new_full
 from ...observers.minmax import MinMaxBase
 from ...ops.minmax import minmax
 from ..dtypes import QuantDType
-from ..strategy import allowed_scale
+from ..strategy import ComputeScaleStrategy, allowed_scale
 from .base import EngineObserver
 
 
@@ -33,8 +33,8 @@ class MinMaxObserver(EngineObserver, MinMaxBase):
     @property
     def observes_in_one_call(self) -> bool:
         """Whether :meth:`observe_fake_quantize` does what observing and choosing would."""
-        plain = allowed_scale(self.eps, self.compute_scale_strategy) is self.eps
-        return plain and self._limits is None and not self._syncs
+        plain = self.compute_scale_strategy is ComputeScaleStrategy.STATISTIC
+        return plain and not self._syncs
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
         if self._limits is None and not self._syncs:
