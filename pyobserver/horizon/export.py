@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .fake_quantize import FakeQuantize, FakeQuantState, fake_quantizes, set_fake_quantize
+from .fake_quantize import (
+    FakeQuantize,
+    FakeQuantState,
+    calibrated,
+    fake_quantizes,
+    set_fake_quantize,
+)
 from .kinds import kind_of, module_called
 from .tracing import as_inputs, record_values, value_of
 
@@ -88,14 +94,7 @@ def export_onnx(
 
 def _converted(model: nn.Module) -> nn.Module:
     """A copy in eval mode with real quantization in place of the fake ones."""
-    found = fake_quantizes(model)
-    if not found:
-        raise ValueError("export: model: expected a prepared one, got one without FakeQuantize")
-    unfed = [name for name, module in found.items() if not module.is_fed()]
-    if unfed:
-        raise ValueError(
-            f"export: model: expected a calibrated one, got never fed: {', '.join(unfed)}"
-        )
+    calibrated("export", model)
     _ops()
     converted = copy.deepcopy(model).eval()
     set_fake_quantize(converted, FakeQuantState.VALIDATION)
@@ -103,7 +102,7 @@ def _converted(model: nn.Module) -> nn.Module:
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and hasattr(module, "weight_fake_quant"):
             _store_weight(module, weight.detach())
-    for name, module in fake_quantizes(converted).items():
+    for name, module in fake_quantizes("export", converted).items():
         parent, _, attribute = name.rpartition(".")
         setattr(converted.get_submodule(parent), attribute, _QuantizeDequantize(module))
     return converted

@@ -188,15 +188,11 @@ def set_fake_quantize(model: nn.Module, state: FakeQuantState) -> None:
     """
     if not isinstance(state, FakeQuantState):
         raise TypeError(f"set_fake_quantize: state: expected a FakeQuantState, got {state!r}")
-    found = fake_quantizes(model)
-    if not found:
-        raise ValueError(
-            "set_fake_quantize: model: expected a prepared one, got one without FakeQuantize"
-        )
+    found = fake_quantizes("set_fake_quantize", model)
     for module in found.values():
         module.set_state(state)
     if state is FakeQuantState.VALIDATION:
-        unfed = [name for name, module in found.items() if not module.is_fed()]
+        unfed = _unfed(found)
         if unfed:
             warnings.warn(
                 "set_fake_quantize: never fed, so with the scale they had before: "
@@ -205,8 +201,28 @@ def set_fake_quantize(model: nn.Module, state: FakeQuantState) -> None:
             )
 
 
-def fake_quantizes(model: nn.Module) -> dict[str, FakeQuantize]:
-    """The fake-quantizes of a model by name."""
-    return {
+def fake_quantizes(owner: str, model: nn.Module) -> dict[str, FakeQuantize]:
+    """The fake-quantizes of a model by name; none is an error."""
+    found = {
         name: module for name, module in model.named_modules() if isinstance(module, FakeQuantize)
     }
+    if not found:
+        raise ValueError(
+            f"{owner}: model: expected a prepared one, got {type(model).__name__} without "
+            "FakeQuantize"
+        )
+    return found
+
+
+def calibrated(owner: str, model: nn.Module) -> dict[str, FakeQuantize]:
+    """The fake-quantizes of a model by name; none, or one that was never fed, is an error."""
+    found = fake_quantizes(owner, model)
+    if unfed := _unfed(found):
+        raise ValueError(
+            f"{owner}: model: expected a calibrated one, got never fed: {', '.join(unfed)}"
+        )
+    return found
+
+
+def _unfed(found: dict[str, FakeQuantize]) -> list[str]:
+    return [name for name, module in found.items() if not module.is_fed()]

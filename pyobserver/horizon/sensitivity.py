@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from ..workflow.calibrate import eval_mode
 from ..workflow.progress import track
 from ..workflow.table import aligned
-from .fake_quantize import FakeQuantize, fake_quantizes
+from .fake_quantize import FakeQuantize, FakeQuantState, calibrated
 from .tracing import as_inputs
 
 _ROLES = {"activation_post_process": "output", "weight_fake_quant": "weight"}
@@ -119,16 +119,7 @@ def sensitivity(
     Raises:
         ValueError: a model that is not prepared, or fake-quantizes that were never fed; no batch.
     """
-    found = fake_quantizes(model)
-    if not found:
-        raise ValueError(
-            "sensitivity: model: expected a prepared one, got one without FakeQuantize"
-        )
-    unfed = [name for name, module in found.items() if not module.is_fed()]
-    if unfed:
-        raise ValueError(
-            f"sensitivity: model: expected a calibrated one, got never fed: {', '.join(unfed)}"
-        )
+    found = calibrated("sensitivity", model)
     inputs = [as_inputs("sensitivity", batch) for batch in batches]
     if not inputs:
         raise ValueError("sensitivity: batches: expected at least one, got none")
@@ -164,8 +155,9 @@ def _noise(wanted: Any, got: Any) -> float:
 def _switched_off(modules: Iterable[FakeQuantize]) -> Iterator[None]:
     """Neither observing nor rounding for a while, by the scales of the statistics so far."""
     before = [(module, module.state) for module in modules]
-    for module, _ in before:
-        module.update_scale()
+    for module, state in before:
+        if state is FakeQuantState.CALIBRATION:
+            module.update_scale()
         module.enable_observer(False)
         module.enable_fake_quant(False)
     try:

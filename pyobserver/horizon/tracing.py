@@ -104,6 +104,8 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> fx.GraphModule:
             f"{type(error).__name__} {_location(tracer, error)}: {error}"
         ) from error
     _drop_defaults(graph, defaults)
+    for node in graph.nodes:
+        node.type = None  # an annotation that is a string makes code that cannot be pickled
     traced = fx.GraphModule(copied, graph, type(model).__name__)
     record_values(traced, example_inputs)
     return traced

@@ -1,0 +1,150 @@
+"""``export`` and ``export_onnx``: the integers, and the outputs of the model in VALIDATION."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyobserver.horizon import (
+    ConvDtypeTemplate,
+    FakeQuantState,
+    ModuleNameTemplate,
+    QconfigSetter,
+    export,
+    export_onnx,
+    get_qconfig,
+    prepare,
+    qint4,
+    qint8,
+    qint16,
+    set_fake_quantize,
+)
+
+from .models import cases, make
+
+pytestmark = pytest.mark.filterwarnings("ignore:prepare. the weights of lstm stay in float")
+pytest.importorskip("torch.ao.quantization")
+OPS = torch.ops.quantized_decomposed
+
+
+def mixed(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A calibrated model with results in int16 and weights in qint4, others in int8."""
+    model, inputs = make(name)
+    templates = [ModuleNameTemplate({"": qint16}), ConvDtypeTemplate(qint8, qint4)]
+    prepared = prepare(model, inputs, QconfigSetter(get_qconfig(), templates))
+    prepared(*inputs)
+    set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    return prepared, inputs
+
+
+def calls(program: torch.export.ExportedProgram, op: Any) -> list[Any]:
+    return [node for node in program.graph.nodes if node.target is op.default]
+
+
+@pytest.mark.parametrize("name", cases())
+def test_the_program_computes_what_validation_does(name: str) -> None:
+    prepared, inputs = mixed(name)
+    before = copy.deepcopy(prepared.state_dict())
+    program = export(prepared, inputs)
+    with torch.no_grad():
+        wanted = prepared(*inputs)
+    pairs = zip(tree_leaves(program.module()(*inputs)), tree_leaves(wanted), strict=True)
+    for got, expected in pairs:
+        assert torch.equal(got, expected)
+    for key, value in prepared.state_dict().items():
+        assert (
+            torch.equal(value, before[key]) if isinstance(value, Tensor) else value == before[key]
+        )
+
+
+def test_the_graph_holds_integers() -> None:
+    prepared, inputs = mixed("norms")
+    program = export(prepared, inputs)
+    grids = [node.args[3:6] for node in calls(program, OPS.quantize_per_tensor)]
+    assert {*grids} == {(-32768, 32767, torch.int16), (-128, 127, torch.int8)}
+    weights = calls(program, OPS.dequantize_per_channel)
+    assert len(weights) == 6
+    assert {node.args[4:7] for node in weights} == {(-8, 7, torch.int8)}
+    assert not calls(program, OPS.quantize_per_channel)  # stored as integers
+    stored = {key: value for key, value in program.state_dict.items() if key.endswith(".weight")}
+    assert stored["conv.weight"].dtype == torch.int8
+    assert int(stored["conv.weight"].abs().max()) <= 8
+    assert not any("post_process" in key or "observer" in key for key in program.state_dict)
+
+
+def test_weights_of_functions_are_quantized_in_the_graph() -> None:
+    program = export(*mixed("functional"))
+    assert len(calls(program, OPS.quantize_per_channel)) == 3
+
+
+def test_one_tensor_and_sizes_that_vary() -> None:
+    x = torch.randn(4, 2)
+    prepared = prepare(nn.Linear(2, 3), x)
+    prepared(x)
+    set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    program = export(prepared, x, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    longer = torch.randn(9, 2)
+    assert torch.equal(program.module()(longer), prepared(longer))
+
+
+def test_a_model_still_calibrating_is_exported_by_what_it_has_seen() -> None:
+    x = torch.randn(4, 2)
+    prepared = prepare(nn.Linear(2, 3), x)
+    prepared(x)
+    program = export(prepared, x)
+    set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    assert torch.equal(program.module()(x), prepared(x))
+
+
+@pytest.mark.parametrize("exporter", [export, lambda *given: export_onnx(*given, "unwritten.onnx")])
+def test_what_cannot_be_exported(exporter: Any) -> None:
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match="export: model: expected a prepared one, got Linear"):
+        exporter(nn.Linear(2, 2), x)
+    with pytest.raises(ValueError, match=r"export: model: .* got never fed: .*weight_fake_quant"):
+        exporter(prepare(nn.Linear(2, 2), x), x)
+    assert not Path("unwritten.onnx").exists()
+
+
+def test_onnx_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"export_onnx: .*pip install 'pyobserver\[onnx\]'"):
+        export_onnx(nn.Linear(2, 2), torch.randn(4, 2), "unwritten.onnx")
+
+
+ONNX = {
+    "reused": (torch.randn(5, 4),),
+    "norms": (torch.randn(3, 2, 6, 6),),
+    "functional": (torch.randn(7, 3, 6, 6),),
+}
+
+
+@pytest.mark.parametrize("name", ONNX)
+def test_onnxruntime_computes_what_validation_does(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    prepared, inputs = mixed(name)
+    path = tmp_path / "model.onnx"
+    export_onnx(prepared, inputs, path)
+    model = onnx.load(path)
+    kinds = [node.op_type for node in model.graph.node]
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {*kinds}
+    types = {one.data_type for one in model.graph.initializer}
+    assert {onnx.TensorProto.INT8, onnx.TensorProto.INT16} <= types
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    for fed in (inputs, ONNX[name]):
+        (got,) = session.run(None, {key: x.numpy() for key, x in zip(names, fed, strict=True)})
+        with torch.no_grad():
+            wanted = prepared(*fed)
+        # sums in another order: now and then a value is rounded to the next step
+        off = (torch.from_numpy(got) - wanted).abs() / wanted.abs().max()
+        assert float(off.mean()) < 3e-4
+        assert float(off.max()) < 0.02
