@@ -135,7 +135,7 @@ def _store_weight(module: nn.Module, weight: Tensor) -> None:
     quantize = _QuantizeDequantize(module.weight_fake_quant)  # type: ignore[arg-type]
     del module.weight
     module.register_buffer("weight", quantize.quantize(weight))
-    module.weight_fake_quant = _Dequantize(quantize)
+    module.weight_fake_quant = _Dequantize(quantize, weight.dtype)
 
 
 class _QuantizeDequantize(nn.Module):
@@ -168,17 +168,21 @@ class _QuantizeDequantize(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.dequantize(self.quantize(x))
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return _as(x.dtype, self.dequantize(self.quantize(x)))
 
 
 class _Dequantize(nn.Module):
-    def __init__(self, quantize: _QuantizeDequantize):
+    def __init__(self, quantize: _QuantizeDequantize, dtype: torch.dtype):
         super().__init__()
         self.quantize = quantize
+        self.dtype = dtype
 
     def forward(self, integers: Tensor) -> Tensor:
-        return self.quantize.dequantize(integers)
+        return _as(self.dtype, self.quantize.dequantize(integers))
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _ops() -> Any:

@@ -42,6 +42,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
         F.adaptive_max_pool3d, F.pixel_shuffle, F.pixel_unshuffle,
     ),
 }  # fmt: skip
+_OPERANDS = ("input", "weight", "other", "mat2")
 _METHODS: dict[str, tuple[str, ...]] = {
     "matmul": ("matmul", "bmm", "mm"),
     "add": ("add", "add_"),
@@ -80,13 +81,14 @@ def name_of(node: fx.Node) -> str:
 
 def operands(node: fx.Node) -> list[Any]:
     """The tensors of a linear layer or matrix product: the input, and the other operand."""
-    return [*node.args, *node.kwargs.values()][:2]
+    named = [node.kwargs[name] for name in _OPERANDS if name in node.kwargs]
+    return [*node.args, *named][:2]
 
 
 def weight_axis(node: fx.Node, index: int, dim: int) -> int:
     """The axis of the output channels of an operand, of ``dim`` dimensions, that is a weight."""
     if kind_of(node) == "matmul":
-        return max(dim - 1, 0) if index == 1 else max(dim - 2, 0)
+        return dim - 1 if index == 1 else dim - 2
     if node.op == "call_module":
         return int(isinstance(module_called(node), TRANSPOSED))
     return int(node.target in _TRANSPOSED)

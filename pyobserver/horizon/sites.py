@@ -99,7 +99,7 @@ class _Search:
             return
         value = value_of(node)
         if node.op == "placeholder":
-            if self.all_of_it and value.floating:
+            if self.all_of_it and value.floating and node.users:
                 self._enter(node)
             return
         kind = kind_of(node)
@@ -173,8 +173,7 @@ class _Search:
                 self.sites.floats.append(name)
         elif kind in ("linear", "matmul"):
             for index, operand in enumerate(operands(node)):
-                weighs = index == 1 if kind == "linear" else True
-                if weighs and isinstance(operand, fx.Node) and operand not in self.grids:
+                if (index == 1 or kind == "matmul") and _is_weight(operand):
                     axis = weight_axis(node, index, value_of(operand).dim)
                     self._note_weight(name, Weight(node, operand, axis))
 
@@ -225,6 +224,16 @@ class _Search:
             number += 1
         self.generated.add(name)
         return name
+
+
+def _is_weight(operand: Any) -> bool:
+    """Whether an operand is a parameter, or made of parameters alone; a vector has no channels."""
+    return isinstance(operand, fx.Node) and _is_constant(operand) and value_of(operand).dim > 1
+
+
+def _is_constant(node: fx.Node) -> bool:
+    made_of = node.all_input_nodes
+    return node.op == "get_attr" or (bool(made_of) and all(map(_is_constant, made_of)))
 
 
 def _following_relu(node: fx.Node) -> fx.Node | None:

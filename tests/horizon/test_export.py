@@ -28,7 +28,9 @@ from pyobserver.horizon import (
 
 from .models import cases, make
 
-pytestmark = pytest.mark.filterwarnings("ignore:prepare. the weights of lstm stay in float")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:prepare. the weights of lstm stay in float", "ignore:The tensor attributes self.lstm"
+)
 pytest.importorskip("torch.ao.quantization")
 OPS = torch.ops.quantized_decomposed
 
@@ -93,6 +95,16 @@ def test_one_tensor_and_sizes_that_vary() -> None:
     assert torch.equal(program.module()(longer), prepared(longer))
 
 
+def test_a_model_in_half() -> None:
+    x = torch.randn(4, 2).bfloat16()
+    prepared = prepare(nn.Linear(2, 3).bfloat16(), x)
+    prepared(x)
+    set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    got, wanted = export(prepared, x).module()(x), prepared(x)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, wanted)
+
+
 def test_a_model_still_calibrating_is_exported_by_what_it_has_seen() -> None:
     x = torch.randn(4, 2)
     prepared = prepare(nn.Linear(2, 3), x)
@@ -119,7 +131,6 @@ def test_onnx_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ONNX = {
-    "reused": (torch.randn(5, 4),),
     "norms": (torch.randn(3, 2, 6, 6),),
     "functional": (torch.randn(7, 3, 6, 6),),
 }

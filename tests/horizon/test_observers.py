@@ -396,6 +396,14 @@ def test_channels_into_empty_buffers(prefix: str) -> None:
     assert observer.min_val.tolist() == [-1.0]
 
 
+def test_only_keys_of_ones_own_are_renamed() -> None:
+    observer = MinMaxObserver()
+    errors: list[str] = []
+    state = {"min_vals": torch.tensor(-9.0), "a.min_val": torch.tensor(-1.0)}
+    observer._load_from_state_dict(state, "a.", {}, False, [], [], errors)
+    assert observer.min_val == -1.0
+
+
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
     observer = fed(MinMaxObserver(**PER_CHANNEL), torch.randn(2, 3))
     before = observer.min_val.clone()

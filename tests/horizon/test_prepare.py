@@ -343,6 +343,67 @@ def test_a_model_on_another_device() -> None:
     assert prepared(torch.empty(5, 2, device="meta")).shape == (5, 2)
 
 
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor, unused: Tensor) -> Tensor:
+        x = self.fc(x)
+        y = self.relu(self.fc(x)).clone()
+        y += x
+        y.mul_(2.0)
+        return F.relu(y.sub(x), inplace=True)
+
+
+@pytest.mark.parametrize("state", FakeQuantState)
+def test_updates_in_place(state: FakeQuantState) -> None:
+    model, inputs = InPlace(), (torch.randn(3, 4), torch.randn(3))
+    # bounds within which the greatest value is not clipped, which would cost its gradient
+    fine = FakeQuantize.with_args(dtype=qint16, quant_min=-32767, quant_max=32767)
+    prepared = prepare(model, inputs, QconfigSetter(QConfig(fine, fine)))
+    prepared(*inputs)
+    set_fake_quantize(prepared, state)
+    outputs = prepared(*inputs)
+    torch.testing.assert_close(outputs, model(*inputs), rtol=1e-2, atol=1e-3)
+    outputs.sum().backward()
+    gradient = prepared.fc.weight.grad
+    model(*inputs).sum().backward()
+    torch.testing.assert_close(gradient, model.fc.weight.grad, rtol=1e-2, atol=1e-2)
+    assert "_generated_quant_0.activation_post_process" in fakes(prepared)
+    assert "_generated_quant_1.activation_post_process" not in fakes(prepared)  # goes unused
+
+
+class Operands(nn.Module):
+    """What looks like a weight, and what is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant = QuantStub()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+        self.matrix = nn.Parameter(torch.randn(3, 5))
+        self.vector = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.quant(x)
+        standard = (self.weight - self.weight.mean()) / self.weight.std()
+        y = F.linear(weight=standard, input=x)
+        y = y @ mask
+        y = torch.matmul(self.matrix, y)
+        return torch.matmul(input=x.sum(0), other=self.vector) + y
+
+
+def test_operands_that_are_weights() -> None:
+    prepared = prepare(Operands(), (torch.randn(5, 4), torch.randn(5, 2)))
+    weights = {key: one.ch_axis for key, one in fakes(prepared).items() if one.is_per_channel}
+    assert weights == {
+        "_generated_linear_0.weight_fake_quant": 0,
+        "_generated_matmul_1.weight_fake_quant": 0,
+    }
+    prepared(torch.randn(5, 4), torch.randn(5, 7))  # the mask is none of them
+
+
 # --- what cannot be ----------------------------------------------------------------------------
 
 

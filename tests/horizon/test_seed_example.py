@@ -117,16 +117,15 @@ def test_question_3_methods_and_types_need_no_data_again(example: Any) -> None:
         return net
 
     once = calibrated("mse", qint8)
-    for method in ("mse", "percentile", "kl"):
-        for dtype in (qint8, qint16):
-            for module in once.modules():
-                if isinstance(module, FakeQuantize):
-                    module.reset_dtype(dtype)
-            HistogramObserver.reset_scale(once, method)
-            again = calibrated(method, dtype)
-            for name, value in again.state_dict().items():
-                if name.endswith(".scale"):
-                    assert torch.equal(once.state_dict()[name], value), (method, dtype, name)
+    for method, dtype in (("percentile", qint16), ("kl", qint8), ("mse", qint8)):
+        for module in once.modules():
+            if isinstance(module, FakeQuantize):
+                module.reset_dtype(dtype)
+        HistogramObserver.reset_scale(once, method)
+        again = calibrated(method, dtype)
+        for name, value in again.state_dict().items():
+            if name.endswith(".scale"):
+                assert torch.equal(once.state_dict()[name], value), (method, dtype, name)
 
 
 def test_the_march_is_accepted_and_ignored() -> None:

@@ -183,10 +183,8 @@ class ObserverBase(UniformQuantizationObserverBase):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         # a copy: the caller's dict is not ours to change
-        state = {}
-        for key, value in state_dict.items():
-            name = key.removeprefix(prefix)
-            state[prefix + _OLD_NAMES[name] if name in _OLD_NAMES else key] = value
+        renamed = {prefix + old: prefix + new for old, new in _OLD_NAMES.items()}
+        state = {renamed.get(key, key): value for key, value in state_dict.items()}
         state.setdefault(prefix + "eps", torch.full((1,), torch.finfo(torch.float32).eps))
         state.setdefault(prefix + "_extra_state", self.get_extra_state())
         ends = [prefix + name for name in ("min_val", "max_val") if prefix + name in state]
