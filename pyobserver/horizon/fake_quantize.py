@@ -163,13 +163,13 @@ class FakeQuantize(engine.FakeQuantize):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self._follow_switches()
-        # the observer's own turn comes later
+        # the observer's own turn comes after this
         saved = state_dict.get(f"{prefix}activation_post_process._extra_state")
         if saved is not None:
             self.activation_post_process.set_extra_state(saved)
             self._follow_observer()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._follow_switches()
 
 
 def set_fake_quantize(model: nn.Module, state: FakeQuantState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -73,10 +74,11 @@ def module_called(node: fx.Node) -> nn.Module:
 
 
 def name_of(node: fx.Node) -> str:
-    """The plain name of the function, method or module that is called."""
+    """The name of the function, method or module that is called, as a part of another name."""
+    name = str(node.target).rpartition(".")[2]
     if node.op == "call_function":
-        return getattr(node.target, "__name__", "function")
-    return str(node.target).rpartition(".")[2]
+        name = getattr(node.target, "__name__", "")
+    return re.sub(r"\W", "", name).strip("_") or "function"
 
 
 def operands(node: fx.Node) -> list[Any]:

@@ -217,7 +217,7 @@ class _Search:
         parent = module_of(node)
         if node.op == "call_module":
             parent = parent.rpartition(".")[0]
-        plain = "quant" if node.op == "placeholder" else name_of(node).strip("_")
+        plain = "quant" if node.op == "placeholder" else name_of(node)
         prefix = f"{parent}." if parent else ""
         number = 0
         while (name := f"{prefix}_generated_{plain}_{number}") in self.generated:

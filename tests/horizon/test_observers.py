@@ -6,6 +6,7 @@ import ast
 import copy
 import math
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,12 @@ def test_a_half_model_and_half_values(observer_class: type[ObserverBase]) -> Non
     torch.testing.assert_close(in_half, scale_of(fed(observer_class(), x)), rtol=0.05, atol=0)
 
 
+def test_merging_is_the_engines() -> None:
+    a, b = torch.randn(400), 3 * torch.randn(500)
+    merged = fed(HistogramObserver(), a) + fed(HistogramObserver(), b)
+    assert torch.equal(scale_of(merged), scale_of(fed(HistogramObserver(), a, b)))
+
+
 def test_with_args() -> None:
     factory = MinMaxObserver.with_args(dtype=qint16).with_args(averaging_constant=1.0)
     observer = factory()
@@ -380,6 +387,14 @@ def test_states_of_older_versions(state: dict[str, Tensor], ends: tuple[float, f
     assert state.keys() == given.keys()  # the caller's dict is the caller's
     fed(observer, torch.tensor([-4.0, 4.0]))
     assert observer.min_val.dim() == 0
+
+
+def test_a_state_of_this_version_without_eps() -> None:
+    state = OrderedDict({"min_val": torch.tensor(-2.0), "max_val": torch.tensor(3.0)})
+    state._metadata = {"": {"version": 3}}  # type: ignore[attr-defined]
+    observer = MinMaxObserver()
+    observer.load_state_dict(state)
+    assert observer.min_val == -2.0
 
 
 @pytest.mark.parametrize("prefix", ["", "inner."])

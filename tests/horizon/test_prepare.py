@@ -320,6 +320,19 @@ def test_one_tensor_is_an_example() -> None:
     assert torch.equal(prepare(model, x)(x), model(x))
 
 
+def test_names_are_parts_of_a_path() -> None:
+    double = fx._symbolic_trace._create_wrapped_func(lambda x: 2 * x)
+
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return double(x).add_(1)
+
+    assert list(fakes(prepare(Wrapped(), torch.randn(3))))[1:] == [
+        "_generated_lambda_0.activation_post_process",
+        "_generated_add_0.activation_post_process",
+    ]
+
+
 def test_modules_on_no_grid_hold_none() -> None:
     prepared = prepare(*make("norms"))
     assert prepared.bn.activation_post_process is None
