@@ -1,0 +1,30 @@
+"""For torchao's ``quantize_``: observers of its interface, and static quantization with them.
+
+Importing this imports torchao.
+"""
+
+from .observers import (
+    AffineQuantizedHistogramObserver,
+    AffineQuantizedLogHistogramObserver,
+    AffineQuantizedMinMaxObserver,
+    AffineQuantizedMovingAverageMinMaxObserver,
+)
+from .static import (
+    Int8StaticConfig,
+    ObservedLinear,
+    QuantizedLinear,
+    StaticQuantConfig,
+    insert_observers_,
+)
+
+__all__ = [
+    "AffineQuantizedHistogramObserver",
+    "AffineQuantizedLogHistogramObserver",
+    "AffineQuantizedMinMaxObserver",
+    "AffineQuantizedMovingAverageMinMaxObserver",
+    "Int8StaticConfig",
+    "ObservedLinear",
+    "QuantizedLinear",
+    "StaticQuantConfig",
+    "insert_observers_",
+]
