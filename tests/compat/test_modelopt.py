@@ -38,10 +38,8 @@ STAND_INS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=["installed", "stand-in"])
 def calibrator(request: pytest.FixtureRequest) -> Iterator[Any]:
     name = "pyobserver.compat.modelopt"
-    yield from (
-        module.LogHistogramCalibrator
-        for module in adapter(request.param, name, PACKAGES[-1], STAND_INS)
-    )
+    with adapter(request.param, name, PACKAGES[-1], STAND_INS) as module:
+        yield module.LogHistogramCalibrator
 
 
 def collected(calibrator: Any, tensors: list[Tensor]) -> Any:
