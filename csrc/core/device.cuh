@@ -10,6 +10,13 @@
 #define PYOBS_DEVICE static __device__ __forceinline__
 #define PYOBS_MEMBER __device__ __forceinline__
 
+// For what a thread does once: a function of its own takes no registers from the loops beside it.
+#if defined(__CUDACC__)
+#define PYOBS_DEVICE_ONCE static __device__ __noinline__
+#else
+#define PYOBS_DEVICE_ONCE static __attribute__((noinline))
+#endif
+
 #if !defined(PYOBS_DYNAMIC_SHARED)
 // The dynamic shared memory of the launch, 16-byte aligned.
 #define PYOBS_DYNAMIC_SHARED(T, name)                           \

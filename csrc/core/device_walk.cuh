@@ -22,51 +22,49 @@ inline Cut cut_for_packs(const T* x, int64_t size, bool in_row) {
   return {size, head, (size - head) / Pack<T>::size};
 }
 
+template <class T, class Body>
+PYOBS_DEVICE void take_pack(const Pack<T>& pack, const Body& body) {
+  float values[Pack<T>::size];
+#pragma unroll
+  for (int i = 0; i < Pack<T>::size; ++i) {
+    values[i] = to_float(pack.values[i]);
+  }
+  body(values);
+}
+
 // Calls body with float arrays, of a size known when it is compiled, for the elements of a cut that
-// fall to `thread` of so many, which waits for kInFlight loads at once. place: where an element
-// lies, in elements from x; those of a pack lie in a row.
+// fall to `thread` of so many, which waits for kInFlight loads of packs at once. place: where an
+// element lies, in elements from x; those of a pack lie in a row.
 template <int kInFlight, class T, class Place, class Body>
 PYOBS_DEVICE void for_each_value(const T* __restrict__ x, const Cut& cut, int64_t thread,
                                  int64_t threads, const Place& place, const Body& body) {
   constexpr int kSize = Pack<T>::size;
-  for (int64_t first = thread; first < cut.packs; first += kInFlight * threads) {
+  const auto pack_at = [&](int64_t i) {
+    return *reinterpret_cast<const Pack<T>*>(x + place(cut.head + i * kSize));
+  };
+  int64_t next = thread;
+  for (; next + (kInFlight - 1) * threads < cut.packs; next += kInFlight * threads) {
     Pack<T> packs[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      const int64_t i = first + k * threads;
-      if (i < cut.packs) {
-        packs[k] = *reinterpret_cast<const Pack<T>*>(x + place(cut.head + i * kSize));
-      }
+      packs[k] = pack_at(next + k * threads);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      if (first + k * threads < cut.packs) {
-        float values[kSize];
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          values[i] = to_float(packs[k].values[i]);
-        }
-        body(values);
-      }
+      take_pack(packs[k], body);
+    }
+  }
+  if constexpr (kInFlight > 1) {
+#pragma unroll 1
+    for (; next < cut.packs; next += threads) {
+      take_pack(pack_at(next), body);
     }
   }
   const int64_t singles = cut.size - cut.packs * kSize;
-  for (int64_t first = thread; first < singles; first += kInFlight * threads) {
-    T elements[kInFlight];
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int64_t i = first + k * threads;
-      if (i < singles) {
-        elements[k] = x[place(i < cut.head ? i : i + cut.packs * kSize)];
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      if (first + k * threads < singles) {
-        const float values[1] = {to_float(elements[k])};
-        body(values);
-      }
-    }
+#pragma unroll 1
+  for (int64_t i = thread; i < singles; i += threads) {
+    const float values[1] = {to_float(x[place(i < cut.head ? i : i + cut.packs * kSize)])};
+    body(values);
   }
 }
 

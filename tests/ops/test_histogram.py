@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backends import Backend
+from backends import Backend, backends
 from hypothesis import given
 from hypothesis import strategies as st
 from streams import streams
@@ -468,6 +468,112 @@ def test_one_pass_that_raises_changes_nothing(backend: Backend) -> None:
     state = fed(8, -1.0, 1.0, backend.device)
     with unchanged(*state), pytest.raises((ValueError, RuntimeError), match="1 NaN or infinite"):
         backend.op("histogram")(x.to(backend.device), *state, nonfinite="raise")
+
+
+# of one block, of several with their bins in shared memory, and of several without
+@pytest.mark.parametrize(("n", "bins"), [(9000, 64), (40_001, 2048), (300, 20_000), (300, 30_000)])
+@pytest.mark.parametrize("combine", COMBINES)
+def test_what_is_asked_of_the_device(backend: Backend, combine: str, n: int, bins: int) -> None:
+    """One launch, or two and a memory set, whatever the batch makes of the state."""
+    work = {"launches": 1} if n == 9000 else {"launches": 2, "memsets": 1}
+    state, expected = fresh(bins, backend.device), fresh(bins)
+    x = sample(n)
+    x[: n // 2] = 0.0
+    empty = x[:0].to(backend.device)
+    for i, batch in enumerate((x, x[1:], -x * 3, x + 40, torch.full((n,), torch.nan), x.half())):
+        with backend.asked(**work):
+            backend.op("histogram")(batch.to(backend.device), *state, combine)
+        reference(batch, *expected, combine)
+        assert_all_same(state, expected, i)
+    with backend.asked(), unchanged(*state):
+        backend.op("histogram")(empty, *state, combine, nonfinite="raise")
+    looked = {"launches": work["launches"] + 1, "memsets": work.get("memsets", 0) + 1, "syncs": 1}
+    with backend.asked(**looked):
+        backend.op("histogram")(x.to(backend.device), *state, combine, nonfinite="raise")
+    off = torch.zeros(1, dtype=torch.uint8, device=backend.device)
+    with unchanged(*state), backend.asked(**work):
+        backend.op("histogram")(9 * x.to(backend.device), *state, combine, 16, "ignore", off)
+
+
+def spread(n: int, low: float, high: float) -> Tensor:
+    return torch.linspace(low, high, n, dtype=torch.float64).float().clamp(low, high)
+
+
+@pytest.mark.parametrize("nonfinite", ["ignore", "propagate"])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(-3e38, 3e38), (1e10, 1e10), (2.0, 2.0), (-1e-39, 1e-39), (-1e-30, 1e30), (1e6, 1e6 + 1)],
+)
+def test_ranges_over_blocks(backend: Backend, low: float, high: float, nonfinite: str) -> None:
+    """Also where the bins are wide, unsplit, or of no moderate width."""
+    x = spread(40_001, low, high)
+    holes = x.clone()
+    holes[1::7] = torch.nan
+    holes[5::9] = -torch.inf
+    state, expected = fresh(100, backend.device), fresh(100)
+    for batch in (x, x[3:], x.flip(0).expand(2, -1), x / 2, holes, holes[:300], x):
+        backend.op("histogram")(batch.to(backend.device), *state, nonfinite=nonfinite)
+        reference(batch, *expected, nonfinite=nonfinite)
+        assert_all_same(state, expected)
+
+
+@pytest.mark.parametrize("missing", [-1.0, -0.0625, 0.0, 0.0625, 1.0])
+@pytest.mark.parametrize("combine", COMBINES)
+def test_the_sum_of_counts_decides_how_they_are_rounded(
+    backend: Backend, combine: str, missing: float
+) -> None:
+    """At 2^24 values."""
+    x = spread(100, -1.0, 1.0)
+    saved = [i / 16 for i in range(32)]  # 31 in all
+    for scale in (1.0, 1.5):
+        counts = [2.0**24 - 231, 100.0 - missing, *saved]
+        state, expected = (state_of(counts, -1.0, 1.0, d) for d in (backend.device, "cpu"))
+        for one in (x * scale, x):
+            backend.op("histogram")(one.to(backend.device), *state, combine)
+            reference(one, *expected, combine)
+            assert_all_same(state, expected, scale)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_sums_of_any_counts(backend: Backend, combine: str) -> None:
+    """Carried in the order of the reference, which rounds."""
+    generator = torch.Generator().manual_seed(3)
+    for bins in (9, 64, 1000):
+        for large in (1.0, 1e12):
+            counts = (large * torch.rand(bins, generator=generator)).double()
+            pair = [state_of(counts.tolist(), -1.0, 1.0, d) for d in (backend.device, "cpu")]
+            for x in (sample(77), 9 * sample(40_000), sample(50) + 70):
+                backend.op("histogram")(x.to(backend.device), *pair[0], combine)
+                reference(x, *pair[1], combine)
+                assert_all_same(*pair, (bins, large))
+            other = counts.flip(0), torch.tensor(-200.0), torch.tensor(3.0)
+            moved = [t.to(backend.device) for t in other]
+            with backend.asked(launches=1):
+                backend.op("histogram_combine")(*pair[0][:3], *moved, combine)
+            reference_combine(*pair[1][:3], *other, combine)
+            assert_all_same(*pair, (bins, large))
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_devices_agree_on_ranges_of_few_floats(combine: str) -> None:
+    """Where steps have few bits, edges and midpoints may fall back in the middle: each bin on its
+    own finds what the bins one after the other do."""
+    generator = torch.Generator().manual_seed(5)
+    cpu = Backend("cpu")
+    for device in (found for found in backends() if found.cuda):
+        for i in range(300):
+            ends = torch.randint(-4000, 4000, (4,), generator=generator, dtype=torch.int32)
+            bases = (0, 2**23, 0x3F800000)
+            x = (ends.abs() + bases[i % 3]).view(torch.float32) * ends.sign()
+            bins, rate = (3, 50, 64, 129)[i % 4], (1, 3, 16, 100)[i // 4 % 4]
+            counts = [float(j % 5) for j in range(bins)]
+            old = x[:2].sort().values
+            ours, theirs = (
+                state_of(counts, float(old[0]), float(old[1]), d) for d in (device.device, "cpu")
+            )
+            device.op("histogram")(x.to(device.device), *ours, combine, rate)
+            cpu.op("histogram")(x, *theirs, combine, rate)
+            assert_all_same(ours, theirs, (i, x, bins, rate))
 
 
 def test_half_bins_do_not_saturate(backend: Backend) -> None:

@@ -12,6 +12,9 @@ namespace pyobserver {
 
 enum class Combine { midpoint, aligned };  // as the op numbers them
 
+// Up to so many values the counts are computed in float32, for the very numbers of torch.ao.
+constexpr double kFloat32Counts = 1 << 24;
+
 struct BinGrid {
   float left, width;
   double wide_left, wide_width;
@@ -76,6 +79,95 @@ PYOBS_HD float element(const Linspace& space, int64_t index) {
                            ? space.low + space.step * static_cast<double>(index)
                            : space.high - space.step * static_cast<double>(space.steps - 1 - index);
   return static_cast<float>(value);
+}
+
+// Each half rises; where steps have few bits, as in ranges of subnormal width, the second may begin
+// below the end of the first.
+PYOBS_HD bool is_in_order(const Linspace& space) {
+  return element(space, space.steps / 2 - 1) <= element(space, space.steps / 2);
+}
+
+// The parts of old bins, `upsample_rate` of each, and the edges of the bins that they go to.
+struct MidpointGrid {
+  Linspace parts, edges;
+  float half_part;
+  int32_t bins;
+  int64_t upsample_rate, fine;
+  bool in_order;
+};
+
+PYOBS_HD MidpointGrid midpoint_grid(float low, float high, float new_low, float new_high,
+                                    int32_t bins, int64_t upsample_rate) {
+  const int64_t fine = bins * upsample_rate;
+  const float narrow = (high - low) / static_cast<float>(fine);
+  const double wide = static_cast<double>(high) / static_cast<double>(fine) -
+                      static_cast<double>(low) / static_cast<double>(fine);
+  MidpointGrid grid;
+  grid.parts = linspace(low, high, fine + 1);
+  grid.edges = linspace(new_low, new_high, bins + 1);
+  grid.half_part = 0.5f * (is_finite(narrow) ? narrow : static_cast<float>(wide));
+  grid.bins = bins;
+  grid.upsample_rate = upsample_rate;
+  grid.fine = fine;
+  grid.in_order = is_in_order(grid.parts) && is_in_order(grid.edges);
+  return grid;
+}
+
+PYOBS_HD float midpoint(const MidpointGrid& grid, int64_t part) {
+  return element(grid.parts, part) + grid.half_part;
+}
+
+// From `least` on, the first part whose midpoint is not below the bin.
+PYOBS_HD int64_t first_part(const MidpointGrid& grid, int32_t bin, int64_t least) {
+  const float edge = element(grid.edges, bin);
+  if (midpoint(grid, least) >= edge) {  // as where float32 has one value for many edges
+    return least;
+  }
+  const double guess = (static_cast<double>(edge) - grid.parts.low) / grid.parts.step - 0.5;
+  int64_t part = least;
+  if (guess > static_cast<double>(least)) {
+    part = guess < static_cast<double>(grid.fine) ? static_cast<int64_t>(guess) : grid.fine;
+  }
+  while (part > least && midpoint(grid, part - 1) >= edge) {
+    --part;
+  }
+  while (part < grid.fine && midpoint(grid, part) < edge) {
+    ++part;
+  }
+  return part;
+}
+
+// The first part of a bin, of which each begins where the one before has ended. In order that is
+// the first part of all that is not below it, whatever the bins before have taken: edges and
+// midpoints rise, so the first part of the bin before is no later.
+PYOBS_HD int64_t first_part_of(const MidpointGrid& grid, int32_t bin) {
+  if (bin == 0 || bin == grid.bins) {
+    return bin == 0 ? 0 : grid.fine;
+  }
+  int64_t part = 0;
+  for (int32_t i = grid.in_order ? bin : 1; i <= bin; ++i) {
+    part = first_part(grid, i, part);
+  }
+  return part;
+}
+
+// Of the parts [part, end). Count is float or double: what the sums are rounded to, one part after
+// the other as torch adds them.
+template <class Count>
+PYOBS_HD double sum_of_parts(const double* counts, int64_t upsample_rate, int64_t part,
+                             int64_t end) {
+  Count sum = 0;
+  int64_t old_bin = part / upsample_rate;
+  while (part < end) {
+    const int64_t after = (old_bin + 1) * upsample_rate;
+    const int64_t last = after < end ? after : end;
+    const Count share = static_cast<Count>(counts[old_bin]) / static_cast<Count>(upsample_rate);
+    for (; part < last; ++part) {
+      sum += share;
+    }
+    ++old_bin;
+  }
+  return static_cast<double>(sum);
 }
 
 // The common grid of an old and a wider range: parts of an old bin, so many of which make a new

@@ -10,6 +10,7 @@
 
 #include "../../core/cuda.h"
 #include "../../core/device_walk.cuh"
+#include "keys.cuh"
 #include "log_histogram_glue.h"
 
 namespace pyobserver {
@@ -32,19 +33,14 @@ PYOBS_DEVICE void merge_into(const DeviceLogState& state, int64_t group, Keys ke
   change(state.highs + group, [&](float high) { return merge(Range{0.0f, high}, found).high; });
 }
 
-PYOBS_DEVICE Keys keys_of_block(Keys keys) {
-  return {reduce_block(keys.low, kMostKey, [](int32_t a, int32_t b) { return a < b ? a : b; }),
-          reduce_block(keys.high, kLeastKey, [](int32_t a, int32_t b) { return a > b ? a : b; })};
-}
-
 // Counts values of one group into a row of the block. Zeros, which half of all may be, are counted
-// apart: each would wait for the one before.
+// behind it, by each lane for itself: in one column each would wait for the one before.
 struct RowCounter {
   LogBins bins;
   Entrance entrance;
   uint32_t* row;
+  int32_t zeros;  // column for them
   Keys keys = no_keys();
-  uint32_t zeros = 0;
 
   template <int n>
   PYOBS_MEMBER void add(const float (&values)[n]) {
@@ -72,11 +68,7 @@ struct RowCounter {
   }
 
   PYOBS_MEMBER void add(int32_t column) {
-    if (column == bins.greatest + 1) {
-      ++zeros;
-    } else {
-      atomicAdd(row + column, 1u);
-    }
+    atomicAdd(row + (column == bins.greatest + 1 ? zeros : column), 1u);
   }
 };
 
@@ -95,14 +87,15 @@ __global__ void __launch_bounds__(kMostRowThreads)
     return;
   }
   const int columns = static_cast<int>(columns_of(state.bins));
-  for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+  for (int i = threadIdx.x; i < columns + kWarp; i += blockDim.x) {
     row[i] = 0;
   }
   for (int64_t unit = blockIdx.x; unit < layout.groups * parts; unit += gridDim.x) {
     const int64_t group = unit % layout.groups;
     const int64_t part = unit / layout.groups;
     const int64_t thread = part * blockDim.x + threadIdx.x;
-    RowCounter counter = {state.bins, entrance_of(state.propagate), row};
+    const int zeros = columns + threadIdx.x % kWarp;
+    RowCounter counter = {state.bins, entrance_of(state.propagate), row, zeros};
     const auto count = [&](const auto& values) { counter.add(values); };
     __syncthreads();  // the row is zero
     if constexpr (in_row) {
@@ -118,15 +111,16 @@ __global__ void __launch_bounds__(kMostRowThreads)
           },
           count);
     }
-    const uint32_t zeros = reduce_warp(counter.zeros, [](uint32_t a, uint32_t b) { return a + b; });
-    if (threadIdx.x % kWarp == 0 && zeros > 0) {
-      atomicAdd(row + state.bins.greatest + 1, zeros);
-    }
     const Keys keys = keys_of_block(counter.keys);
     if (threadIdx.x == 0) {
       merge_into(state, group, keys);
     }
     __syncthreads();  // all is counted
+    if (threadIdx.x < kWarp) {
+      atomicAdd(row + state.bins.greatest + 1, row[zeros]);
+      row[zeros] = 0;
+    }
+    __syncthreads();
     Count* counts = state.counts + group * columns;
     for (int i = threadIdx.x; i < columns; i += blockDim.x) {
       if (row[i] > 0) {
@@ -209,7 +203,7 @@ template <class T>
 void count_on_device(const CudaContext& cuda, const T* x, const DeviceLogState& state,
                      const DeviceLayout& layout) {
   const int64_t columns = columns_of(state.bins);
-  const int64_t shared_bytes = columns * static_cast<int64_t>(sizeof(uint32_t));
+  const int64_t shared_bytes = (columns + kWarp) * static_cast<int64_t>(sizeof(uint32_t));
   const int64_t values = layout.numel / layout.groups;
   if (!cuda.fits(shared_bytes) || !takes_rows(layout, columns)) {
     const unsigned blocks = cuda.blocks(layout.numel, 4 * kThreads, kBlocksPerMultiprocessor);
