@@ -285,11 +285,17 @@ PYOBS_DEVICE BinCounter<in_row, quick> bin_counter(const DeviceHistogram& given,
           common};
 }
 
+// Any where there is no range, over which nothing is counted.
+PYOBS_DEVICE BinGrid grid_of(Range range, int32_t bins) {
+  return range.low <= range.high ? bin_grid(range.low, range.high, bins)
+                                 : bin_grid(0.0f, 1.0f, bins);
+}
+
 // Where quick_bin_index() serves, of a tensor in a row.
 template <class T>
 PYOBS_DEVICE_ONCE void count_quickly(const T* __restrict__ x, const Cut& cut,
                                      const DeviceHistogram& given, Range range, Status* status) {
-  const BinGrid grid = bin_grid(range.low, range.high, given.bins);
+  const BinGrid grid = grid_of(range, given.bins);
   auto counter = bin_counter<true, true>(given, grid, range);
   for_each_value<kLoads<T>>(
       x, cut, thread_of_grid(), threads_of_grid(), [](int64_t i) { return i; },
@@ -301,9 +307,7 @@ template <class T, bool in_row>
 PYOBS_DEVICE_ONCE void count_slowly(const T* __restrict__ x, const DeviceLayout& layout,
                                     const Cut& cut, const DeviceHistogram& given, Range range,
                                     Status* status) {
-  const bool is_range = range.low <= range.high;
-  const BinGrid grid =
-      bin_grid(is_range ? range.low : 0.0f, is_range ? range.high : 1.0f, given.bins);
+  const BinGrid grid = grid_of(range, given.bins);
   auto counter = bin_counter<in_row, false>(given, grid, range);
   for_each_value<kScatteredLoads>(
       x, cut, thread_of_grid(), threads_of_grid(), [&](int64_t i) { return place_of(layout, i); },
@@ -403,20 +407,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 #pragma unroll 1
   for (int pass = first; pass <= last; ++pass) {
-    Range range = work.status->range;
-    if (pass == 0) {
-      const Known known = known_of(given);
-      range = known.has_bins ? known.range : Range{__builtin_nanf(""), __builtin_nanf("")};
-    } else if (work.status->again == 0) {
-      return;
+    Range range = {__builtin_nanf(""), __builtin_nanf("")};
+    if (pass == 1) {
+      if (work.status->again == 0) {
+        return;
+      }
+      range = work.status->range;
+    } else if (known_of(given).has_bins) {
+      range = known_of(given).range;
     }
     for (int32_t i = threadIdx.x; in_row && i < bins + kWarp; i += blockDim.x) {
       row[i] = 0;
     }
     __syncthreads();  // the row is zero, and so is the status of a block
     Status* told = pass == 0 ? work.status : nullptr;
-    const BinGrid grid = bin_grid(range.low, range.high, bins);
-    if (in_row && layout.dense && quick_bins(grid).serves) {
+    if (in_row && layout.dense && quick_bins(grid_of(range, bins)).serves) {
       count_quickly(x, cut, given, range, told);
     } else {
       count_slowly<T, in_row>(x, layout, cut, given, range, told);
