@@ -29,7 +29,7 @@ CUTS: dict[str, tuple[tuple[int, ...], int | tuple[int, ...] | None]] = {
     "lanes_for_three_values": ((1001, 3), 0),
     "lanes_for_blocks": ((64, 256), (1, 32)),
     "lanes_for_blocks_that_are_unaligned": ((40, 297), (1, 33)),
-    "three_columns": ((5003, 3), 1),
+    "three_columns": ((6003, 3), 1),
     "seven_columns": ((3001, 7), 1),
     "sixteen_columns": ((1500, 16), 1),
     "a_tile_of_columns": ((97, 256), 1),
@@ -46,6 +46,9 @@ CUTS: dict[str, tuple[tuple[int, ...], int | tuple[int, ...] | None]] = {
     "pieces_in_three_dimensions": ((4, 6, 32, 64), (2, 3, 16, 4)),
     "pieces_that_blocks_share": ((4, 64, 256), (4, 32, 8)),
     "long_pieces_that_blocks_share": ((4, 4, 16, 512), (4, 2, 16, 256)),
+    "more_channels_than_blocks": ((80, 4200), 0),
+    "more_channels_than_lanes": ((20_000, 3), 0),
+    "more_pieces_than_blocks": ((600, 256), (4, 8)),
     "long_pieces": ((4, 6, 8, 256), (2, 3, 4, 128)),
     "rows_of_pieces": ((4, 3, 6, 160), (2, 3, 2, 80)),
 }

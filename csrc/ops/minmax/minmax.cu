@@ -458,7 +458,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // Lanes of a warp for each group.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
     teams_kernel(const T* __restrict__ x, const __grid_constant__ RunsWork work,
                  const __grid_constant__ DeviceLayout layout,
                  const __grid_constant__ DeviceMinmax state) {
@@ -605,6 +605,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   found.nonfinite = 0;
   for (unsigned task = blockIdx.x; task < tasks; task += gridDim.x) {
     const Tile tile = tile_of(work, task);
+    // by the threads that read them for the tile before
     for (int i = static_cast<int>(threadIdx.x); i < tile.groups; i += kThreads) {
       lows[i] = highs[i] = kEmptyKey;
     }
@@ -630,7 +631,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     __syncthreads();
     fold_tile(state, work, set_start(layout, tile.set) + tile.first_group, tile.groups,
               &state.finished[task / work.splits], lows, highs);
-    __syncthreads();  // the keys have been read
   }
   add_nonfinite(state, layout.repeat, found.nonfinite);
 }
@@ -655,10 +655,15 @@ struct Call {
   Pieces pieces;
 
   int64_t bytes() const { return layout.numel * element_size(dtype); }
-  // Blocks that share each of so many parts of the tensor.
+  // Blocks that share each of so many parts of the tensor: no more than are at work at once, or
+  // so many more that it matters little when the last ones are few.
   unsigned splits(int64_t parts) const {
-    const int64_t blocks = cuda.blocks(bytes(), kBlockBytes, kBlocksPerMultiprocessor);
-    return static_cast<unsigned>(std::max<int64_t>(1, blocks / parts));
+    constexpr int64_t kRounds = 4;
+    const int64_t at_once = cuda.blocks(bytes(), kBlockBytes, kBlocksPerMultiprocessor);
+    const int64_t wanted =
+        kRounds * parts <= at_once ? at_once / parts : divide_up(kRounds * at_once, parts);
+    const int64_t worth = bytes() / kBlockBytes / parts;
+    return static_cast<unsigned>(std::max<int64_t>(1, std::min(wanted, worth)));
   }
 };
 
