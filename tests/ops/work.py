@@ -248,6 +248,29 @@ def tensor_quant(layout: str | None = None) -> Work:
     return run
 
 
+def learnable_fake_quantize(layout: str) -> Work:
+    """Its values, and the gradients, whose sums are taken in one order."""
+
+    def run(op: Op, x: Tensor) -> Sequence[Tensor]:
+        x = shaped(x.dtype, layout, x.device).nan_to_num(0.0, 1e4, -1e4)
+        options: list[dict[str, Any]] = [{}, {"axis": 0}, {"axis": 2}, {"block_size": BLOCKS[0]}]
+        found = []
+        for option in options:
+            size: tuple[int, ...] = (1,)
+            if "axis" in option:
+                size = (x.shape[option["axis"]],)
+            elif option:
+                size = grid_of(x, option["block_size"])
+            scale, zero = grid_state(x, size)
+            given = (x, scale, zero + 0.25, -8, 7)
+            y = op("_learnable_fake_quantize")(*given, **option)
+            found.append(y)
+            found += op("_learnable_fake_quantize_backward")(y, *given, 0.1, **option)
+        return found
+
+    return run
+
+
 def observe_fake_quantize(groups: str) -> Work:
     def run(op: Op, x: Tensor) -> Sequence[Tensor]:
         options: dict[str, Any] = {}
@@ -311,6 +334,10 @@ WORK: dict[str, Work] = {
     "tensor_quant": tensor_quant(),
     "tensor_quant_transposed": tensor_quant("transposed"),
     "tensor_quant_sliced": tensor_quant("sliced"),
+    **{
+        f"learnable_fake_quantize_{layout}": learnable_fake_quantize(layout)
+        for layout in ("contiguous", "transposed", "sliced")
+    },
     **{
         f"observe_fake_quantize_{groups}": observe_fake_quantize(groups)
         for groups in ("none", "axis", "blocks")
