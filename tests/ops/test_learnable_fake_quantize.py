@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -222,6 +223,28 @@ def test_the_order_of_a_sum_is_one(backend: Backend, index: int, dtype: torch.dt
             assert (off <= 2**-23 * other.abs() + 1e-11 * size).all(), count
         if backend.name != "reference" and (kernels := [b.name for b in backends() if b.isa]):
             assert_all_same(found[2:], of_kernel(kernels[0], index, dtype)[2:], count)
+
+
+@cache
+def of_cancelling(name: str, index: int) -> tuple[Tensor, ...]:
+    """Gradients of 19 orders of magnitude whose sum is zero: what is left is the order's."""
+    shape, options = CUTS[index]
+    numel = math.prod(shape)
+    order = torch.randperm(numel, generator=torch.Generator().manual_seed(4))
+    grad = sample(numel) * 10.0 ** (torch.arange(numel) // 2 % 19)
+    grad[1::2] = -grad[: numel - 1 : 2]
+    x = torch.full(shape, 1e6)
+    backend = next(backend for backend in backends() if backend.name == name)
+    with backend.selected():
+        quantizer = qparams(groups_of(x, options))
+        return run(backend, grad[order].reshape(shape), x, quantizer, options)
+
+
+@pytest.mark.parametrize("index", range(len(CUTS)), ids=[str(case) for case in CUTS])
+def test_the_order_shows_where_terms_cancel(backend: Backend, index: int) -> None:
+    if backend.name != "reference" and (kernels := [b.name for b in backends() if b.isa]):
+        found, expected = (of_cancelling(name, index) for name in (backend.name, kernels[0]))
+        assert_all_same(found, expected)
 
 
 @pytest.mark.parametrize("index", range(len(CUTS)), ids=[str(case) for case in CUTS])
