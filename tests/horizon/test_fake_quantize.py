@@ -102,6 +102,15 @@ def test_qat_does_both_with_gradient(kwargs: dict[str, Any]) -> None:
         assert torch.equal(x.grad, inside.float())
 
 
+def test_validation_passes_gradients_too() -> None:
+    fake = calibrated(torch.tensor([-1.0, 1.0]), quant_min=-127, quant_max=127)
+    set_fake_quantize(fake, VALIDATION)
+    x = torch.tensor([0.5, 3.0], requires_grad=True)
+    fake(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 0.0]
+
+
 def test_states_are_known_and_the_switches_are_the_engines() -> None:
     fake = calibrated(torch.randn(10))
     assert fake.state is CALIBRATION

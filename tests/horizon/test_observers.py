@@ -194,6 +194,19 @@ def test_the_trainable_power_of_two_of_a_percentile_is_the_nearest() -> None:
     assert scale_of(fed(PercentileObserver(compute_scale_strategy=KPOT, **kwargs), x)) == 2.0**-6
 
 
+def test_searches_are_among_the_powers_of_two_not_rounded_to_one() -> None:
+    others = 0
+    for spread in torch.linspace(1, 2, 12):
+        x = spread * torch.randn(3000)
+        scales = {
+            strategy: scale_of(fed(MSEObserver(dtype=qint4, compute_scale_strategy=strategy), x))
+            for strategy in (STATISTIC, POT, KPOT)
+        }
+        assert scales[KPOT] == scales[POT]
+        others += int(scales[KPOT] != 2 ** scales[STATISTIC].log2().round())
+    assert others > 0
+
+
 def cosine(x: Tensor, scale: Tensor) -> float:
     quantized = torch.clamp(torch.round(x / scale), -8, 7) * scale
     return float(torch.nn.functional.cosine_similarity(x, quantized, dim=0))
