@@ -77,7 +77,8 @@ class LogHistogramCalibrator(_Calibrator):
             ValueError: it has other scales than the tensors before it; nothing changes.
         """
         shape, x = self._by_scale(x)
-        if self._observer is None or self._observer.counts.is_meta:  # a dry run's
+        observer = self._observer
+        if observer is None or observer.counts.is_meta:  # a dry run's
             options: dict[str, Any] = {
                 "mantissa_bits": self._mantissa_bits,
                 "factory_kwargs": {"device": x.device},
@@ -85,13 +86,14 @@ class LogHistogramCalibrator(_Calibrator):
             if shape:
                 options |= {"ch_axis": 0, "num_channels": math.prod(shape)}
             kind = PerChannelLogHistogramObserver if shape else LogHistogramObserver
-            self._observer, self._shape = kind(**options), shape
-        if shape != self._shape:
+            observer = kind(**options)
+        elif shape != self._shape:
             raise ValueError(
                 f"{type(self).__name__}.collect: x: expected scales of shape {self._shape}, "
                 f"got {shape}"
             )
-        self._observer(x)
+        observer(x)
+        self._observer, self._shape = observer, shape
 
     def compute_amax(self, method: str | None = None, **options: Any) -> Tensor | None:
         """The amax by the calibrator's method, or another; ``"entropy"`` is ``"kl"``.

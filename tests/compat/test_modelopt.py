@@ -62,17 +62,17 @@ def quantized(x: Tensor, amax: Tensor, bits: int, unsigned: bool, narrow: bool) 
 def test_mse_is_the_least_error_of_the_quantizer(
     calibrator: Any, bits: int, unsigned: bool, narrow: bool
 ) -> None:
-    x = torch.distributions.Laplace(0.0, 1.0).sample((20000,))
+    x = torch.distributions.Laplace(0.0, 1.0).sample((4000,))
     x = x.abs() if unsigned else x
     made = calibrator(bits, None, unsigned, narrow_range=narrow)
-    amax = collected(made, [x[:5000], x[5000:]]).compute_amax()
+    amax = collected(made, [x[:1000], x[1000:]]).compute_amax()
     assert amax.shape == ()
     assert amax.dtype == torch.float32
 
     def error(at: Tensor) -> float:
         return (quantized(x, at, bits, unsigned, narrow) - x).double().pow(2).mean().item()
 
-    tried = min(error(x.abs().max() * share / 200) for share in range(1, 201))
+    tried = min(error(x.abs().max() * share / 100) for share in range(5, 101))
     assert error(amax) <= 1.01 * tried
     assert bits == 8 or error(amax) < 0.6 * error(x.abs().max())
 
@@ -119,6 +119,9 @@ def test_methods(calibrator: Any) -> None:
 
 def test_nothing_collected(calibrator: Any) -> None:
     made = calibrator(8)
+    assert made.compute_amax() is None
+    with pytest.raises(TypeError, match="x: expected a dense tensor"):
+        made.collect(torch.ones(3, dtype=torch.int32))
     assert made.compute_amax() is None
     made.collect(torch.empty(0, 3))
     assert made.compute_amax() is None

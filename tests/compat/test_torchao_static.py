@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import GPU, Backend, as_param
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyobserver
 
@@ -291,6 +293,10 @@ def test_two_merge(cls: Any) -> None:
         merged = halves[0] + halves[1]
         for name, buffer in merged.named_buffers():
             assert buffer.shape == dict(halves[0].named_buffers())[name].shape, name
+        if cls is HISTOGRAM:
+            other = fed(cls(SYMMETRIC, torch.int8, granularity, keepdim=keepdim, bins=9), tensors)
+            with pytest.raises(ValueError, match=r"histogram \(2048,\), got"):
+                halves[0].merge(other)
         if cls in (MINMAX, LOG):
             whole = fed(cls(SYMMETRIC, torch.int8, granularity, keepdim=keepdim), tensors)
             assert_same(merged.calculate_qparams(), whole.calculate_qparams())
@@ -373,6 +379,51 @@ def test_compiles_without_a_break(cls: Any) -> None:
         assert_same(compiled.calculate_qparams(), plain.calculate_qparams())
 
 
+GRAINS = [
+    pytest.param(cls, granularity, id=f"{cls.__name__}-{granularity}")
+    for cls in ALL
+    for granularity in (PerTensor(), PerAxis(-1), PerGroup(4))
+    if cls is not HISTOGRAM or granularity == PerTensor()
+]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would be a sync on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not pyobserver.native_status.cpu, reason="the reference kernels read values")
+@pytest.mark.parametrize(("cls", "granularity"), GRAINS)
+def test_a_forward_reads_nothing_back(cls: Any, granularity: Any) -> None:
+    observer = cls(ASYMMETRIC, torch.uint8, granularity)
+    with Reads() as reads:
+        fed(observer, batches(4, 16))
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("gpu", [as_param(GPU)])
+@pytest.mark.parametrize(("cls", "granularity"), GRAINS)
+def test_on_a_gpu(gpu: Backend, cls: Any, granularity: Any) -> None:
+    tensors = batches(4, 16)
+    plain = fed(cls(ASYMMETRIC, torch.uint8, granularity), tensors)
+    observer = cls(ASYMMETRIC, torch.uint8, granularity).to(gpu.device)
+    moved = [x.to(gpu.device) for x in tensors]
+    observer(moved[0])  # sizes the state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fed(observer, moved[1:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(tuple(t.cpu() for t in observer.calculate_qparams()), plain.calculate_qparams())
+
+
 # ---- the flow of the tutorial ----
 
 
@@ -429,6 +480,8 @@ def test_uint8_is_torchaos_arithmetic(bias: bool, dtype: torch.dtype) -> None:
         buffer.zero_()
     fresh.load_state_dict(found.state_dict())
     assert torch.equal(fresh(x), found(x))
+    assert fresh.half()(x.half()).dtype == torch.float16
+    assert torch.equal(fresh.linear1.act_scale, found.linear1.act_scale)
 
 
 @pytest.mark.parametrize("granularity", [PerRow(), PerAxis(0), PerTensor()], ids=str)
@@ -549,6 +602,10 @@ def test_conversion_is_checked() -> None:
     pair = MINMAX(ASYMMETRIC, torch.uint8, PerTensor()), MINMAX(ASYMMETRIC, torch.uint8, PerAxis(0))
     with pytest.raises(ValueError, match=r"target_dtype.*uint8, got torch\.int8"):
         quantize_(observed(Toy(), *pair), ours.StaticQuantConfig(torch.int8), is_observed)
+    model = Toy()
+    ours.insert_observers_(model, *pair)
+    with pytest.raises(ValueError, match="act_obs: expected an observer that was fed"):
+        quantize_(model, ours.StaticQuantConfig(torch.uint8), is_observed)
     with pytest.raises(TypeError, match=r"filter_fn.*got Linear"):
         quantize_(Toy(), ours.StaticQuantConfig(torch.uint8))
     floating = MINMAX(ASYMMETRIC, torch.uint8, PerAxis(0), zero_point_domain=ZeroPointDomain.FLOAT)
@@ -575,7 +632,12 @@ def test_activations_by_channel_and_weights_in_groups_of_four_bits() -> None:
 
 
 def test_the_example_keeps_its_accuracy(capsys: pytest.CaptureFixture) -> None:
-    found = runpy.run_path(str(EXAMPLE))["main"]()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the training is small
+    try:
+        found = runpy.run_path(str(EXAMPLE))["main"]()
+    finally:
+        torch.set_num_threads(threads)
     assert len(found) == 9
     assert found["float32"] > 0.94
     assert min(found.values()) > found["float32"] - 0.01

@@ -8,6 +8,7 @@ from .observers import (
     AffineQuantizedLogHistogramObserver,
     AffineQuantizedMinMaxObserver,
     AffineQuantizedMovingAverageMinMaxObserver,
+    AffineQuantizedObserver,
 )
 from .static import (
     Int8StaticConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "AffineQuantizedLogHistogramObserver",
     "AffineQuantizedMinMaxObserver",
     "AffineQuantizedMovingAverageMinMaxObserver",
+    "AffineQuantizedObserver",
     "Int8StaticConfig",
     "ObservedLinear",
     "QuantizedLinear",

@@ -155,7 +155,7 @@ class AffineQuantizedObserver(UniformQuantizationObserverBase):
     @property
     def block_size(self) -> tuple[int, ...]:
         """The sizes of a block, 0 for all of a dimension; none while the state is unsized."""
-        if not self._in_blocks:
+        if isinstance(self.granularity, PerTensor):
             raise AttributeError("block_size: there is one range for the whole tensor")
         if not self._is_sized:
             return ()

@@ -29,6 +29,7 @@ from torchao.quantization.quantize_.workflows.int8.int8_tensor import (
 )
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from ...observers.base import StatisticsModule
 from ...ops.fake_quantize import fake_quantize
 from .granularity import block_size, grid
 from .observers import dtype_bounds
@@ -91,7 +92,8 @@ def insert_observers_(model: nn.Module, act_obs: nn.Module, weight_obs: nn.Modul
     """Replace each linear layer of a model by one that is observed, in place.
 
     Args:
-        model: what holds the layers; those that are observed already stay.
+        model: what holds the layers, ``torch.nn.Linear`` itself; those of a subclass stay, and so
+            do those that are observed already.
         act_obs, weight_obs: observers of which each layer gets copies, on its device.
 
     Raises:
@@ -110,7 +112,10 @@ def insert_observers_(model: nn.Module, act_obs: nn.Module, weight_obs: nn.Modul
 
 
 def _qparams(observer: Any, role: str) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of an observer, float32 and int32, in any shape."""
+    """Scale and zero point of an observer that was fed, float32 and int32, in any shape."""
+    low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+    if low is not None and high is not None and bool((low > high).all()):
+        raise ValueError(f"{role}: expected an observer that was fed, got {observer}")
     if getattr(observer, "zero_point_domain", None) is ZeroPointDomain.FLOAT:
         raise ValueError(f"{role}: zero_point_domain: expected INT or NONE, got FLOAT")
     scale, zero_point = observer.calculate_qparams()
@@ -131,7 +136,7 @@ def _integer_range(observer: Any, role: str, target_dtype: torch.dtype) -> tuple
     return least if given[0] is None else given[0], greatest if given[1] is None else given[1]
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(StatisticsModule):
     """A linear layer on integers of fixed scales: input and weight, computed in floating point.
 
     Args:
@@ -140,7 +145,7 @@ class QuantizedLinear(nn.Module):
         target_dtype: theirs.
 
     Buffers: ``qweight``: the weight's integers; ``act_scale``, ``act_zero_point``,
-    ``weight_scale``, ``weight_zero_point``: float32 and int32.
+    ``weight_scale``, ``weight_zero_point``: float32 and int32, whatever the model is cast to.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
@@ -193,7 +198,8 @@ class QuantizedLinear(nn.Module):
             shape = grid(self._act_granularity, input.shape)
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
         rounded = fake_quantize(input, scale, zero_point, *self._act_range, block_size=sizes)
-        return F.linear(rounded, self.dequantized_weight(input.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(rounded, self.dequantized_weight(input.dtype), bias)
 
     @classmethod
     def from_observed(
