@@ -114,7 +114,7 @@ class LogHistogramCalibrator(_Calibrator):
         method = "kl" if method == "entropy" else method  # Model Optimizer's name for it
         ranges.check_method(type(self).__name__, method, options)
         grid, times = self._grid(method)
-        observer._warn_of_statistics(observer.min_val, observer.max_val)
+        observer.warn_of_statistics()
         scale, _ = ranges.choose(observer.statistic(), method, grid, options)
         unfed = observer.min_val > observer.max_val
         return torch.where(unfed, 0.0, scale * times).reshape(self._shape)

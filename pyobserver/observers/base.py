@@ -218,7 +218,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         """
         min_val, max_val = self.observed_range()
         device = min_val.device
-        self._warn_of_statistics(*self._faults(min_val, max_val).tolist())
+        self._warn(*self._faults(min_val, max_val).tolist())
         if min_val.numel() == 0:
             scale = torch.ones(1, dtype=torch.float32, device=device)
             return scale, torch.zeros_like(scale, dtype=torch.int64)
@@ -265,19 +265,23 @@ class UniformQuantizationObserverBase(ObserverBase):
         unfed = (min_val > max_val).all()  # also of no elements
         return torch.stack((unfed.long(), self.nonfinite_count))
 
-    def _warn_of_statistics(self, is_unfed: int, nonfinite: int) -> None:
+    def warn_of_statistics(self) -> None:
+        """Warn where nothing was fed, or values were not finite. It waits for the device."""
+        self._warn(*self._faults(self.min_val, self.max_val).tolist())
+
+    def _warn(self, is_unfed: int, nonfinite: int) -> None:
         if is_unfed:
             warnings.warn(
                 f"{type(self).__name__} was never fed: calculate_qparams returns scale 1 and zero "
                 "point 0",
-                stacklevel=3,
+                stacklevel=4,
             )
         if nonfinite:
             fate = "left out of" if self.nonfinite == "ignore" else "let into"
             warnings.warn(
                 f"{type(self).__name__}: {nonfinite} NaN or infinite values were {fate} the "
                 "statistics",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def reset_min_max_vals(self) -> None:

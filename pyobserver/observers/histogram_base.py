@@ -99,7 +99,7 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point by the observer's method, see the base class."""
-        self._warn_of_statistics(*self._faults(self.min_val, self.max_val).tolist())
+        self.warn_of_statistics()
         if self.min_val.numel() == 0:
             scale = self.min_val.new_ones(1)
             return scale, torch.zeros_like(scale, dtype=torch.int64)
@@ -173,7 +173,7 @@ def calculate_qparams(observers: Iterable[ObserverBase]) -> list[tuple[Tensor, T
     found: dict[int, tuple[Tensor, Tensor]] = {}
     alike: dict[Any, list[tuple[HistogramObserverBase, ranges.Histogram]]] = {}
     for observer, (eps, *faults) in zip(together, _read_at_once(together), strict=True):
-        observer._warn_of_statistics(*faults)
+        observer._warn(*faults)
         statistic, grid = observer.statistic(), observer._grid()
         options = tuple(sorted(observer._options().items()))
         kind = statistic.spacing, statistic.counts.shape[-1], statistic.counts.device

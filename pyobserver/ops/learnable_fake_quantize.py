@@ -13,11 +13,11 @@ from .. import _checks
 from ._blocks import split
 from ._library import define, define_composite
 from .fake_quantize import (
-    _empty_output,
-    _is_dense,
     _quantize,
     check_grid_params,
     check_values,
+    empty_output,
+    is_dense,
     needs_gradient,
 )
 
@@ -61,11 +61,11 @@ def reference(
 ) -> Tensor:
     _check(x, scale, zero_point, quant_min, quant_max, axis, block_size)
     if x.numel() == 0:
-        return _empty_output(x)
+        return empty_output(x)
     _check_values(scale, zero_point)
     integers = _rounded(zero_point, quant_min, quant_max)
     y, _ = _quantize(x, scale, integers, quant_min, quant_max, axis, block_size)
-    return _empty_output(x).copy_(y)
+    return empty_output(x).copy_(y)
 
 
 def _check_backward(
@@ -85,7 +85,7 @@ def _check_backward(
         got = grad.dtype if isinstance(grad, Tensor) else type(grad).__name__
         raise TypeError(f"{op}: grad: expected x's dtype, {x.dtype}, got {got}")
     _checks.check_same_device(op, x, {"grad": grad})
-    laid_out = grad.stride() == x.stride() if _is_dense(x) else grad.is_contiguous()
+    laid_out = grad.stride() == x.stride() if is_dense(x) else grad.is_contiguous()
     if grad.shape != x.shape or (x.numel() and not laid_out):
         raise ValueError(
             f"{op}: grad: expected a tensor laid out as the forward's output, "
@@ -107,7 +107,7 @@ def reference_backward(
     options = axis, block_size
     _check_backward(grad, x, scale, zero_point, quant_min, quant_max, grad_factor, *options)
     if x.numel() == 0:
-        return _empty_output(x), torch.zeros_like(scale), torch.zeros_like(zero_point)
+        return empty_output(x), torch.zeros_like(scale), torch.zeros_like(zero_point)
     _check_values(scale, zero_point, f"{_OP}_backward")
     view, within, shape = split(x, *options)
     g = split(grad, *options)[0]
@@ -135,17 +135,17 @@ def reference_backward(
         return sums.to(torch.float32).reshape(like.shape)
 
     grad_x = (g * inside).reshape(x.shape).to(x.dtype)
-    return _empty_output(x).copy_(grad_x), total(of_scale, scale), total(of_zero, zero_point)
+    return empty_output(x).copy_(grad_x), total(of_scale, scale), total(of_zero, zero_point)
 
 
 def fake(x: Tensor, *args: Any) -> Tensor:
-    return _empty_output(x)
+    return empty_output(x)
 
 
 def fake_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_output(x), torch.empty_like(scale), torch.empty_like(zero_point)
+    return empty_output(x), torch.empty_like(scale), torch.empty_like(zero_point)
 
 
 _GRID = "Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max"

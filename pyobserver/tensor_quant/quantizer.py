@@ -307,7 +307,7 @@ class TensorQuantizer(StatisticsModule):
             self._set_amax(torch.tensor(math.nan))
             return
         amax = self._solve(method, options)
-        observer._warn_of_statistics(observer.min_val, observer.max_val)
+        observer.warn_of_statistics()
         unseen = observer.min_val > observer.max_val  # rows of no finite value
         amax = torch.where(unseen, 0.0, amax)
         self._set_amax(amax.detach().reshape(self._calib_shape.tolist()))

@@ -25,7 +25,7 @@ from ...observers import (
     UniformQuantizationObserverBase,
     merging,
 )
-from ...observers.minmax import _check_averaging_constant
+from ...observers.minmax import check_averaging_constant
 from ...ops.log_histogram import log_histogram
 from ...ops.minmax import minmax
 from .granularity import GRANULARITIES, block_size, blocks, grid
@@ -191,7 +191,7 @@ class AffineQuantizedObserver(UniformQuantizationObserverBase):
         An observer that was never fed gives 1 and 0, with a warning; values that were left out as
         not finite give one too.
         """
-        self._warn_of_statistics(self.min_val, self.max_val)
+        self.warn_of_statistics()
         if self.min_val.numel():
             scale, zero_point = self._chosen()
         else:
@@ -339,7 +339,7 @@ class AffineQuantizedMovingAverageMinMaxObserver(AffineQuantizedMinMaxObserver):
     _update = "moving_average"
 
     def __init__(self, *args: Any, averaging_constant: float = 0.01, **kwargs: Any):
-        _check_averaging_constant(type(self).__name__, averaging_constant)
+        check_averaging_constant(type(self).__name__, averaging_constant)
         super().__init__(*args, **kwargs)
         self.averaging_constant = averaging_constant
 
