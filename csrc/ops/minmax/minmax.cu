@@ -605,7 +605,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   found.nonfinite = 0;
   for (unsigned task = blockIdx.x; task < tasks; task += gridDim.x) {
     const Tile tile = tile_of(work, task);
-    // by the threads that read them for the tile before
     for (int i = static_cast<int>(threadIdx.x); i < tile.groups; i += kThreads) {
       lows[i] = highs[i] = kEmptyKey;
     }
@@ -631,6 +630,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     __syncthreads();
     fold_tile(state, work, set_start(layout, tile.set) + tile.first_group, tile.groups,
               &state.finished[task / work.splits], lows, highs);
+    __syncthreads();  // the keys have been read; without it ptxas runs out of registers, too
   }
   add_nonfinite(state, layout.repeat, found.nonfinite);
 }
