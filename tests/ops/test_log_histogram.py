@@ -408,7 +408,7 @@ def test_one_launch_for_groups(
     groups = grid if "block_size" in options else (shape[options["axis"]],)
     for dtype in (torch.float32, torch.float16):
         state, expected = fresh(1, groups, backend.device), fresh(1, groups)
-        x = sprinkled(sample(shape, dtype))
+        x = sprinkled(sample(shape, dtype).relu())
         wide = sample((*shape[:-1], shape[-1] + 1), dtype, 1).to(backend.device)
         batches = (x, x.mT.contiguous().mT, wide[..., 1:], x[:1].expand(shape))
         for i, batch in enumerate(batches):
