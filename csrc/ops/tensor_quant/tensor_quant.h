@@ -44,13 +44,12 @@ struct AmaxScale {
 
 template <class Amax>
 PYOBS_HD AmaxScale<Amax> amax_scale(Amax amax, float max_bound) {
-  if (amax < 0) {
-    const Amax nan = static_cast<Amax>(__builtin_nanf(""));
-    return {amax, nan, nan};
-  }
   const bool zero = amax <= static_cast<Amax>(0x1p-24) || max_bound == 0.0f;
   const Amax scale = static_cast<Amax>(max_bound) / amax;
-  return {amax, zero ? Amax{0} : scale, zero ? Amax{1} : scale};
+  const Amax multiplier = zero ? Amax{0} : scale;
+  const Amax divisor = zero ? Amax{1} : scale;
+  const Amax nan = static_cast<Amax>(__builtin_nanf(""));
+  return {amax, amax < 0 ? nan : multiplier, amax < 0 ? nan : divisor};
 }
 
 // An amax of any type as the result's arithmetic takes it.

@@ -58,22 +58,50 @@ struct Expanded {
   Compute amax[kExpanded], multiplier[kExpanded], divisor[kExpanded];
 };
 
+// A scale of its own for each of n elements from `first` on.
+template <class Compute, class Amax>
+PYOBS_HD void expand_each(const Amax* __restrict amax, int64_t n, const AmaxGrid& shared,
+                          int64_t first, Expanded<Compute>* __restrict out) {
+  const AmaxGrid grid = shared;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto scale = read_amax<Compute>(amax[i], grid.max_bound);
+    out->amax[first + i] = scale.amax;
+    out->multiplier[first + i] = scale.multiplier;
+    out->divisor[first + i] = scale.divisor;
+  }
+}
+
+template <class Compute>
+PYOBS_HD void expand_one(const AmaxScale<Compute>& scale, int64_t n, int64_t first,
+                         Expanded<Compute>* out) {
+  for (int64_t i = first; i < first + n; ++i) {
+    out->amax[i] = scale.amax;
+    out->multiplier[i] = scale.multiplier;
+    out->divisor[i] = scale.divisor;
+  }
+}
+
 template <class Compute, class Amax>
 PYOBS_HD void expand_as(const Amax* amax, const AmaxParams& params, const AmaxGrid& grid,
                         int64_t position, int64_t n, Expanded<Compute>* out) {
   int64_t channel = position / params.inner;
   int64_t left = params.inner - position % params.inner;
   for (int64_t i = 0; i < n;) {
-    const auto scale = read_amax<Compute>(amax[params.base + channel], grid.max_bound);
-    const int64_t count = left < n - i ? left : n - i;
-    for (int64_t j = i; j < i + count; ++j) {
-      out->amax[j] = scale.amax;
-      out->multiplier[j] = scale.multiplier;
-      out->divisor[j] = scale.divisor;
+    const Amax* from = amax + params.base + channel;
+    int64_t count = n - i;
+    if (params.inner == 1) {
+      const int64_t channels = params.channels - channel;
+      count = channels < count ? channels : count;
+      expand_each(from, count, grid, i, out);
+      channel += count;
+    } else {
+      count = left < count ? left : count;
+      expand_one(read_amax<Compute>(*from, grid.max_bound), count, i, out);
+      left = params.inner;
+      ++channel;
     }
     i += count;
-    left = params.inner;
-    channel = channel + 1 == params.channels ? 0 : channel + 1;
+    channel = channel == params.channels ? 0 : channel;
   }
 }
 
