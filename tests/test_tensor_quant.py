@@ -362,6 +362,38 @@ def test_amax_of_no_values() -> None:
     assert_same(quantizer.amax, torch.stack([torch.zeros(1), x[1].abs().max().reshape(1)]))
 
 
+def test_loaded_amax_may_take_another_shape() -> None:
+    quantizer = TensorQuantizer(QuantDescriptor(axis=0))
+    with pytest.warns(UserWarning, match="amax is NaN"):
+        quantizer.load_calib_amax(strict=False)
+    x = sample((4, 6))
+    calibrated(quantizer, [x]).load_calib_amax()
+    assert_same(quantizer.amax, amax_of(x, 0))
+
+
+def test_refuses_tensors_of_other_sizes() -> None:
+    """Though they have as many rows; what is refused leaves the statistics as they were."""
+    quantizer = TensorQuantizer(QuantDescriptor(axis=(0, 1)), if_calib=True, if_quant=False)
+    with pytest.raises(TypeError, match="expected a dense tensor"):
+        quantizer(torch.ones(3, 4, 5).int())
+    assert quantizer.calibrator is None
+    assert not quantizer.state_dict()
+    x = sample((2, 6, 5))
+    quantizer(x)
+    with pytest.raises(ValueError, match=r"inputs: .*, as in \(2, 6, 1\), got \(3, 4, 1\)"):
+        quantizer(100 * sample((3, 4, 5)))
+    quantizer.load_calib_amax()
+    assert_same(quantizer.amax, amax_of(x, (0, 1)))
+
+
+def test_axis_of_nothing_is_none() -> None:
+    x = sample((4, 6))
+    quantizer = calibrated(TensorQuantizer(QuantDescriptor(axis=())), [x])
+    assert_same(quantizer(x), TensorQuantizer()(x))
+    quantizer.load_calib_amax()
+    assert_same(quantizer.amax, amax_of(x, None))
+
+
 def test_refuses_to_load_amax() -> None:
     quantizer = calibrated(TensorQuantizer(), [sample(9)])
     with pytest.raises(ValueError, match="method: expected 'max', which is the calib_method"):
@@ -420,6 +452,32 @@ def test_state_dict(name: str, loaded: bool) -> None:
         assert list(again.state_dict()) == ["_amax"]
     copied = copy.deepcopy(quantizer)
     assert_same(copied(x), quantizer(x))
+
+
+@pytest.mark.parametrize("name", ["dynamic", "given", "learned", "axis"])
+def test_compiles(name: str) -> None:
+    make = {**MADE, "axis": lambda: TensorQuantizer(QuantDescriptor(axis=(0, 1)))}[name]
+    torch._dynamo.reset()
+    ours, theirs = (sample((3, 4, 5)).requires_grad_() for _ in range(2))
+    y = torch.compile(make(), backend="aot_eager", fullgraph=True)(ours)
+    expected = make()(theirs)
+    assert_same(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    assert_same(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_whatever_the_default_dtype(name: str) -> None:
+    expected = MADE[name]().state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        quantizer = MADE[name]()
+        assert quantizer(sample((4, 6))).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, value in quantizer.state_dict().items():
+        assert_same(value, expected[key], key)
 
 
 def test_state_dict_of_nvidia_loads() -> None:

@@ -45,8 +45,8 @@ class Clip(nn.Module):
 
     def __init__(self, clip_value_min: float, clip_value_max: float):
         super().__init__()
-        self.clip_value_min = nn.Parameter(torch.tensor(float(clip_value_min)))
-        self.clip_value_max = nn.Parameter(torch.tensor(float(clip_value_max)))
+        self.clip_value_min = nn.Parameter(torch.tensor(clip_value_min, dtype=torch.float32))
+        self.clip_value_max = nn.Parameter(torch.tensor(clip_value_max, dtype=torch.float32))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return _ClipFunction.apply(inputs, self.clip_value_min, self.clip_value_max)

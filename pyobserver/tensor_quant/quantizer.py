@@ -88,6 +88,7 @@ class TensorQuantizer(StatisticsModule):
         self._disabled, self._if_quant, self._if_calib = disabled, if_quant, if_calib
         self._if_clip = False
         self._scale: Tensor | None = None
+        self._shape: list[int] = []
         self.calibrator: Any = None
         if desc.amax is not None:
             self.amax = desc.amax
@@ -164,10 +165,11 @@ class TensorQuantizer(StatisticsModule):
         self._set_amax(new)
 
     def _set_amax(self, value: Tensor) -> None:
-        if self.amax is None:
-            self.register_buffer("_amax", value.clone())
-        else:
+        if self.amax is not None and self._amax.shape == value.shape:
             self._amax.copy_(value)
+            return
+        with torch.inference_mode(False):
+            self.register_buffer("_amax", value.clone())
 
     def disable(self) -> None:
         """Pass every tensor through."""
@@ -217,6 +219,11 @@ class TensorQuantizer(StatisticsModule):
             self.clip.clip_value_max.copy_(self._amax.max())
             self.clip.clip_value_min.copy_(-self._amax.max())
 
+    def _device(self) -> torch.device:
+        """Where the state is, the CPU where there is none."""
+        state = next(iter(self.buffers()), next(iter(self.parameters()), None))
+        return torch.device("cpu") if state is None else state.device
+
     def reset_calib(self) -> None:
         """Forget the statistics."""
         self.calibrator = None
@@ -233,29 +240,45 @@ class TensorQuantizer(StatisticsModule):
                 )
         return tuple(sorted({axis % dims for axis in axes if axis is not None}))
 
-    def _make_calibrator(self, shape: Tensor) -> None:
+    def _make_calibrator(self, shape: list[int], device: torch.device) -> None:
         classes = {
             (False, False): LogHistogramObserver,
             (False, True): PerChannelLogHistogramObserver,
             (True, False): MinMaxObserver,
             (True, True): PerChannelMinMaxObserver,
         }
-        per_channel = self._axis is not None
+        per_channel = len(shape) > 0
         # of one row for each amax, whatever their axes
         options: dict[str, Any] = {"ch_axis": 0} if per_channel else {}
         make = classes[self._calib_method == "max", per_channel]
-        self.calibrator = make(dtype=torch.int8, factory_kwargs={"device": shape.device}, **options)
-        self.register_buffer("_calib_shape", shape)
+        with torch.inference_mode(False):
+            self.calibrator = make(dtype=torch.int8, factory_kwargs={"device": device}, **options)
+            kept = torch.tensor(shape, dtype=torch.int64, device=device)
+            self.register_buffer("_calib_shape", kept)
+        self._shape = shape  # the same, to be looked at without a device sync
 
     def _collect(self, inputs: Tensor) -> None:
         axes = self._axes(inputs.dim())
-        shape = [n if d in axes else 1 for d, n in enumerate(inputs.shape)] if axes else []
-        if self.calibrator is None:
-            with torch.inference_mode(False):
-                made = torch.tensor(shape, dtype=torch.int64, device=inputs.device)
-                self._make_calibrator(made)
+        shape = self._amax_shape(inputs, axes)
+        made = self.calibrator is None
+        if made:
+            self._make_calibrator(shape, inputs.device)
+        elif shape != self._shape:
+            raise ValueError(
+                f"{_OWNER}: inputs: expected the sizes of the calibration's first tensor along "
+                f"axis {self._axis}, as in {tuple(self._shape)}, got {tuple(shape)}"
+            )
         rows = inputs.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
-        self.calibrator.observe(rows if axes else inputs)
+        try:
+            self.calibrator.observe(rows if axes else inputs)
+        except Exception:
+            if made:
+                self.reset_calib()
+            raise
+
+    @staticmethod
+    def _amax_shape(inputs: Tensor, axes: tuple[int, ...]) -> list[int]:
+        return [n if d in axes else 1 for d, n in enumerate(inputs.shape)] if axes else []
 
     def _solve(self, method: str, options: Mapping[str, Any]) -> Tensor:
         """The amax of the statistics by a method, one for each row."""
@@ -304,21 +327,21 @@ class TensorQuantizer(StatisticsModule):
             if strict:
                 raise RuntimeError(message)
             warnings.warn(f"{message}: amax is NaN", stacklevel=2)
-            self._set_amax(torch.tensor(math.nan))
+            self._set_amax(torch.tensor(math.nan, dtype=torch.float32, device=self._device()))
             return
         amax = self._solve(method, options)
         observer.warn_of_statistics()
         unseen = observer.min_val > observer.max_val  # rows of no finite value
         amax = torch.where(unseen, 0.0, amax)
-        self._set_amax(amax.detach().reshape(self._calib_shape.tolist()))
+        self._set_amax(amax.detach().reshape(self._shape))
 
     def _amax_of(self, inputs: Tensor) -> Tensor:
         amax = self.amax
         if amax is None:
             axes = self._axes(inputs.dim())
-            groups = [n if d in axes else 1 for d, n in enumerate(inputs.shape)] if axes else []
+            groups = self._amax_shape(inputs, axes)
             block_size = [1 if d in axes else n for d, n in enumerate(inputs.shape)]
-            low = torch.full(groups, torch.inf, device=inputs.device)
+            low = torch.full(groups, torch.inf, dtype=torch.float32, device=inputs.device)
             high, count = -low, torch.zeros((), dtype=torch.int64, device=inputs.device)
             minmax(
                 inputs.detach(), low, high, count, None, "memoryless", nonfinite="propagate",
@@ -370,13 +393,13 @@ class TensorQuantizer(StatisticsModule):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         # what this one has not seen yet takes the shape of the saved
-        like = next(iter(self.buffers()), next(iter(self.parameters()), torch.empty(0)))
+        device = self._device()
         saved = state_dict.get(prefix + "_amax")
         if saved is not None and (self.amax is None or self._amax.shape != saved.shape):
-            amax = torch.empty(saved.shape, dtype=torch.float32, device=like.device)
+            amax = torch.empty(saved.shape, dtype=torch.float32, device=device)
             self.register_buffer("_amax", amax)
         shape = state_dict.get(prefix + "_calib_shape")
         if shape is not None:
             self.reset_calib()
-            self._make_calibrator(shape.to(like.device, copy=True))
+            self._make_calibrator(shape.tolist(), device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
