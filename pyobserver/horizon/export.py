@@ -22,7 +22,7 @@ from .fake_quantize import (
 from .kinds import kind_of, module_called
 from .tracing import as_inputs, record_values, value_of
 
-_OPSET = 21  # the first whose QuantizeLinear knows int16
+_OPSET, _OPSET_OF_INT16 = 20, 21  # the latter is the first whose QuantizeLinear knows int16
 
 
 def export(
@@ -57,9 +57,11 @@ def export_onnx(
 ) -> None:
     """Write :func:`export`'s program as ONNX, with QuantizeLinear and DequantizeLinear.
 
-    Of opset 21. Bounds that are not those of the integer type, as of qint4, are clipped to. What
-    only moves values (reshaping, max pooling) stands between such pairs too, where it runs on
-    integers; onnxruntime would put them there itself, with mistakes (its issues 25526 and 27845).
+    Of opset 20, with int16 in it 21. Bounds that are not those of the integer type, as of qint4,
+    are clipped to. What only moves values (reshaping, max pooling) stands between such pairs too,
+    where it runs on integers. onnxruntime puts pairs there itself, of opset 21 with mistakes (its
+    issues 25526 and 27845): where its 1.31 refuses a model with int16 for an ``output_dtype``,
+    ``InferenceSession(path, disabled_optimizers=["QDQPropagationTransformer"])`` takes it.
 
     Args:
         model, example_inputs, dynamic_shapes: see :func:`export`.
@@ -69,8 +71,11 @@ def export_onnx(
         ImportError: onnx or onnxscript is missing; says what to install.
         ValueError: as :func:`export`.
     """
+    found = calibrated("export", model).values()
+    has_int16 = any(one.dtype.storage is torch.int16 for one in found)
+    opset = _OPSET_OF_INT16 if has_int16 else _OPSET
     try:
-        translations = _translations()
+        translations = _translations(opset)
     except ImportError as error:
         raise ImportError(f"export_onnx: {error}; try: pip install 'pyobserver[onnx]'") from error
     inputs = as_inputs("export", example_inputs)
@@ -85,7 +90,7 @@ def export_onnx(
             program,
             f=path,
             dynamo=True,
-            opset_version=_OPSET,
+            opset_version=opset,
             custom_translation_table=translations,
             external_data=False,
             verbose=False,
@@ -191,11 +196,11 @@ def _ops() -> Any:
     return torch.ops.quantized_decomposed
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What the ops are in ONNX."""
+def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What the ops are in ONNX of an opset."""
     numpy_of = importlib.import_module("onnx").helper.tensor_dtype_to_np_dtype
     onnxscript = importlib.import_module("onnxscript")
-    op = onnxscript.opset21
+    op = getattr(onnxscript, f"opset{opset}")
 
     def zero(dtype: int) -> Any:
         return op.Cast(op.Constant(value_int=0), to=dtype)

@@ -127,7 +127,7 @@ def test_what_cannot_be_exported(exporter: Any) -> None:
 def test_onnx_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"export_onnx: .*pip install 'pyobserver\[onnx\]'"):
-        export_onnx(nn.Linear(2, 2), torch.randn(4, 2), "unwritten.onnx")
+        export_onnx(*mixed("reused"), "unwritten.onnx")
 
 
 ONNX = {
@@ -159,3 +159,23 @@ def test_onnxruntime_computes_what_validation_does(name: str, tmp_path: Path) ->
         off = (torch.from_numpy(got) - wanted).abs() / wanted.abs().max()
         assert float(off.mean()) < 3e-4
         assert float(off.max()) < 0.02
+
+
+def test_models_of_int8_alone_are_of_an_opset_that_onnxruntime_rewrites_rightly(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    x = torch.randn(2, 3, 4)
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)).eval()
+    prepared = prepare(model, x)
+    prepared(x)
+    set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    path = tmp_path / "model.onnx"
+    export_onnx(prepared, x, path)
+    assert onnx.load(path).opset_import[0].version == 20
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    wanted = prepared(x).detach()
+    assert float((torch.from_numpy(got) - wanted).abs().mean() / wanted.abs().max()) < 3e-3

@@ -237,6 +237,20 @@ def test_weights_are_scaled_along_the_output_channels() -> None:
     assert functional["_generated_linear_0.weight_fake_quant"].ch_axis == 0
 
 
+def test_a_transposed_convolution_as_a_function() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(2, 5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv_transpose1d(x, self.kernel)
+
+    prepared = prepare(Transposed(), torch.randn(1, 2, 4))
+    prepared(torch.randn(1, 2, 4))
+    assert prepared._generated_conv_transpose1d_0.weight_fake_quant.ch_axis == 1
+
+
 def test_batch_norms_are_folded_where_that_is_exact() -> None:
     prepared = prepare(*make("norms"))
     kinds = {key: type(prepared.get_submodule(key)) for key in dir(Norms()) if key.endswith("bn")}
