@@ -16,7 +16,6 @@ from .fake_quantize import (
     FakeQuantize,
     FakeQuantState,
     calibrated,
-    fake_quantizes,
     set_fake_quantize,
 )
 from .kinds import kind_of, module_called
@@ -99,23 +98,27 @@ def export_onnx(
 
 def _converted(model: nn.Module) -> nn.Module:
     """A copy in eval mode with real quantization in place of the fake ones."""
-    calibrated("export", model)
+    names = list(calibrated("export", model))
     _ops()
     converted = copy.deepcopy(model).eval()
     set_fake_quantize(converted, FakeQuantState.VALIDATION)
-    for module in list(converted.modules()):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and hasattr(module, "weight_fake_quant"):
-            _store_weight(module, weight.detach())
-    for name, module in fake_quantizes("export", converted).items():
+    for name in names:
         parent, _, attribute = name.rpartition(".")
-        setattr(converted.get_submodule(parent), attribute, _QuantizeDequantize(module))
+        holder: Any = converted.get_submodule(parent)
+        quantize = _QuantizeDequantize(getattr(holder, attribute))
+        weight = getattr(holder, "weight", None)
+        if attribute == "weight_fake_quant" and isinstance(weight, Tensor):
+            del holder.weight  # a layer stores its weight as integers
+            holder.register_buffer("weight", quantize.quantize(weight.detach()))
+            holder.weight_fake_quant = _Dequantize(quantize, weight.dtype)
+        else:
+            setattr(holder, attribute, quantize)
     return converted
 
 
 def _requantize_moved(converted: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
     """Quantize after what only moves quantized values by the same scale, which changes nothing."""
-    record_values(converted, inputs)
+    record_values("export", converted, inputs)
     on_grid: dict[fx.Node, str] = {}
     for node in list(converted.graph.nodes):
         source = next((source for source in node.all_input_nodes if source in on_grid), None)
@@ -133,14 +136,6 @@ def _requantize_moved(converted: fx.GraphModule, inputs: tuple[Any, ...]) -> Non
         node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
         on_grid[call] = on_grid[source]
     converted.recompile()
-
-
-def _store_weight(module: nn.Module, weight: Tensor) -> None:
-    """The weight of a layer as integers, which are dequantized."""
-    quantize = _QuantizeDequantize(module.weight_fake_quant)  # type: ignore[arg-type]
-    del module.weight
-    module.register_buffer("weight", quantize.quantize(weight))
-    module.weight_fake_quant = _Dequantize(quantize, weight.dtype)
 
 
 class _QuantizeDequantize(nn.Module):

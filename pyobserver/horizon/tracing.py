@@ -60,12 +60,16 @@ class _Tracer(fx.Tracer):
 
 
 class _Recorder(fx.Interpreter):
+    def __init__(self, owner: str, traced: fx.GraphModule):
+        super().__init__(traced)
+        self.owner = owner
+
     def run_node(self, n: fx.Node) -> Any:
         try:
             result = super().run_node(n)
         except Exception as error:
             raise ValueError(
-                "prepare: example_inputs: expected inputs that the model takes, got "
+                f"{self.owner}: example_inputs: expected inputs that the model takes, got "
                 f"{type(error).__name__} in {module_of(n) or 'the model'!r} at "
                 f"{n.format_node()}: {error}"
             ) from error
@@ -107,14 +111,14 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...]) -> fx.GraphModule:
     for node in graph.nodes:
         node.type = None  # an annotation that is a string makes code that cannot be pickled
     traced = fx.GraphModule(copied, graph, type(model).__name__)
-    record_values(traced, example_inputs)
+    record_values("prepare", traced, example_inputs)
     return traced
 
 
-def record_values(traced: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
+def record_values(owner: str, traced: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
     """Give every node its :class:`Value`, by running copies of the inputs in eval mode."""
     with torch.no_grad(), eval_mode(traced):
-        _Recorder(traced).run(*tree_map(_cloned, example_inputs))
+        _Recorder(owner, traced).run(*tree_map(_cloned, example_inputs))
 
 
 def _cloned(leaf: Any) -> Any:

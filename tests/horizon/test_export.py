@@ -85,6 +85,17 @@ def test_weights_of_functions_are_quantized_in_the_graph() -> None:
     assert len(calls(program, OPS.quantize_per_channel)) == 3
 
 
+def test_weights_alone() -> None:
+    x = torch.randn(4, 2)
+    template = ModuleNameTemplate({"": torch.float32})
+    prepared = prepare(nn.Linear(2, 3), x, QconfigSetter(get_qconfig(), [template]))
+    prepared(x)
+    set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    program = export(prepared, x)
+    assert len(calls(program, OPS.dequantize_per_channel)) == 1
+    assert torch.equal(program.module()(x), prepared(x))
+
+
 def test_one_tensor_and_sizes_that_vary() -> None:
     x = torch.randn(4, 2)
     prepared = prepare(nn.Linear(2, 3), x)

@@ -370,6 +370,27 @@ def test_a_model_on_another_device() -> None:
     assert prepared(torch.empty(5, 2, device="meta")).shape == (5, 2)
 
 
+def test_the_example_is_run_in_eval_mode_on_copies() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.mul_(2))
+
+    model, x = Doubling().train(), torch.ones(3, 2)
+    prepared = prepare(model, x)
+    assert x.tolist() == torch.ones(3, 2).tolist()
+    assert prepared.norm.running_mean.tolist() == [0.0, 0.0]
+    assert prepared.norm.training
+
+
+def test_the_inputs_come_first_in_the_graph() -> None:
+    prepared = prepare(*make("several"))
+    assert [node.op for node in prepared.graph.nodes][:4] == 3 * ["placeholder"] + ["call_module"]
+
+
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
