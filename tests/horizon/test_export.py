@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pyobserver.horizon import (
     ConvDtypeTemplate,
     FakeQuantState,
+    HistogramObserver,
     ModuleNameTemplate,
     QconfigSetter,
     export,
@@ -93,6 +94,15 @@ def test_weights_alone() -> None:
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
     program = export(prepared, x)
     assert len(calls(program, OPS.dequantize_per_channel)) == 1
+    assert torch.equal(program.module()(x), prepared(x))
+
+
+def test_a_model_in_training_mode_is_exported_in_eval_mode() -> None:
+    x = torch.randn(4, 2)
+    prepared = prepare(nn.Sequential(nn.Linear(2, 3), nn.Dropout()), x)
+    prepared(x)
+    program = export(prepared.train(), x)
+    set_fake_quantize(prepared.eval(), FakeQuantState.VALIDATION)
     assert torch.equal(program.module()(x), prepared(x))
 
 
@@ -180,9 +190,11 @@ def test_models_of_int8_alone_are_of_an_opset_that_onnxruntime_rewrites_rightly(
     runtime = pytest.importorskip("onnxruntime")
     x = torch.randn(2, 3, 4)
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)).eval()
-    prepared = prepare(model, x)
+    clipped = ModuleNameTemplate({"1": qint4})  # in int8, whose bounds are others
+    prepared = prepare(model, x, QconfigSetter(get_qconfig(), [clipped]))
     prepared(x)
     set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    HistogramObserver.reset_scale(prepared, "percentile", {"percentile": 0.7}, qint4)
     path = tmp_path / "model.onnx"
     export_onnx(prepared, x, path)
     assert onnx.load(path).opset_import[0].version == 20
