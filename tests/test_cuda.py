@@ -16,7 +16,6 @@ from backends import (
     ON_HOST,
     Backend,
     as_param,
-    counting,
     cuda_on_host,
     needs_device_in_software,
     params,
@@ -100,7 +99,7 @@ def test_an_observer_takes_two_launches_and_no_sync(name: str) -> None:
     with ON_HOST.selected():
         module = OBSERVERS[name]()
         for x in batches("cpu"):
-            with counting(launches=2):
+            with ON_HOST.asked(launches=range(3), memsets=None):
                 module(x)
 
 
@@ -113,10 +112,10 @@ def test_a_fake_quantize_takes_two_launches_and_no_sync(name: str, gradient: boo
     with ON_HOST.selected():
         module = FAKE_QUANTIZES[name]()
         for x in batches("cpu"):
-            with counting(launches=2):
+            with ON_HOST.asked(launches=range(3), memsets=None):
                 y = module(x.requires_grad_(gradient))
             if gradient:
-                with counting(launches=1):
+                with ON_HOST.asked(launches=range(2), memsets=None):
                     y.backward(torch.ones_like(y))
 
 
@@ -234,7 +233,7 @@ def searches(count: int) -> dict[str, Callable[[], object]]:
 @pytest.mark.parametrize("name", searches(1))
 @pytest.mark.parametrize("count", [0, 1, 20])
 def test_a_search_of_many_takes_one_launch(name: str, count: int) -> None:
-    with ON_HOST.selected(), counting(launches=min(count, 1)):
+    with ON_HOST.selected(), ON_HOST.asked(launches=min(count, 1), memsets=None):
         searches(count)[name]()
 
 
@@ -253,9 +252,9 @@ def test_a_search_of_many_takes_one_launch(name: str, count: int) -> None:
 def test_fake_quantize_takes_one_launch(groups: tuple[int, ...], options: dict[str, Any]) -> None:
     scale = torch.ones(groups)
     for x in (torch.ones(50, 300), torch.ones(300, 50).t(), torch.ones(50, 600)[:, ::2]):
-        with counting(launches=1):
+        with ON_HOST.asked(launches=range(2), memsets=None):
             y, mask = ON_HOST.op("_fake_quantize_mask")(x, scale, scale.int(), -8, 7, **options)
-        with counting(launches=1):
+        with ON_HOST.asked(launches=range(2), memsets=None):
             ON_HOST.op("_fake_quantize_backward")(y, mask)
 
 
@@ -265,7 +264,8 @@ def test_an_empty_tensor_takes_no_launch() -> None:
         for make in MODULES.values():
             module = make()
             module(batches("cpu")[0])
-            with counting(launches=1 if isinstance(module, po.FakeQuantize) else 0):
+            launches = range(2 if isinstance(module, po.FakeQuantize) else 1)
+            with ON_HOST.asked(launches, memsets=None):
                 module(torch.empty(0, SHAPE[1]))
 
 

