@@ -323,6 +323,10 @@ def test_a_refused_tensor_changes_nothing(cls: Any) -> None:
         with pytest.raises((TypeError, ValueError)):
             observer(bad)
         assert observer.min_val.shape == (0,)
+    strict = cls(SYMMETRIC, torch.int8, PerGroup(4), nonfinite="raise")
+    with pytest.raises(ValueError, match="expected finite values"):
+        strict(torch.full((2, 8), torch.nan))
+    assert strict.min_val.shape == (0,)
     observer(torch.randn(2, 8))
     before = copy.deepcopy(observer.state_dict())
     for bad in (torch.randn(3, 8), torch.randn(2, 12), torch.randn(8)):
