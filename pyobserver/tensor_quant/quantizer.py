@@ -292,9 +292,9 @@ class TensorQuantizer(StatisticsModule):
             )
         ranges.check_method(f"{_OWNER}.load_calib_amax", method, options)
         most = int(max_bound(self._num_bits, self._unsigned))
-        low = -most - 1
-        if method in _SEARCHED and (self._unsigned or self._narrow_range):
-            low = 0 if self._unsigned else -most
+        # an unsigned grid's values are never negative: the other half makes no difference
+        symmetric = method in _SEARCHED and (self._unsigned or self._narrow_range)
+        low = -most if symmetric else -most - 1
         grid = ranges.Grid.of(quant_min=low, quant_max=most)._replace(zero_point=0)
         scale, _ = ranges.choose(observer.statistic(), method, grid, options)
         # a range of both signs is divided by half its levels
