@@ -111,7 +111,9 @@ def test_an_observer_takes_two_launches_and_no_sync(name: str) -> None:
 def test_a_fake_quantize_takes_two_launches_and_no_sync(name: str, gradient: bool) -> None:
     with ON_HOST.selected():
         module = FAKE_QUANTIZES[name]()
-        for x in batches("cpu"):
+        first, *others = batches("cpu")
+        module(first)  # a per-channel state gets its size
+        for x in others:
             with ON_HOST.asked(launches=range(3), memsets=None):
                 y = module(x.requires_grad_(gradient))
             if gradient:
