@@ -128,8 +128,7 @@ class BlockMemory {
  public:
   BlockMemory(const CudaContext& cuda, const Tensor& like, int64_t bytes, unsigned blocks)
       : bytes_((bytes + 15) / 16 * 16) {
-    constexpr int64_t kOfKernels = 4 << 10;  // shared variables count too
-    if (bytes_ > cuda.most_shared_bytes() - kOfKernels) {
+    if (!cuda.fits(bytes_)) {
       scratch_.emplace(like, bytes_ * blocks);
     }
   }

@@ -15,7 +15,7 @@
 #include <optional>
 #include <vector>
 
-#include "../../core/device_layout.cuh"
+#include "../../core/device_walk.cuh"
 #include "minmax_cuda.cuh"
 
 namespace pyobserver {
@@ -273,7 +273,7 @@ PYOBS_DEVICE void take_value(T value, bool ignore, Found<T, values>* found) {
 
 // The state, and what else the kernels are told about the call.
 struct DeviceMinmax {
-  float *lows, *highs;  // null: values that are not finite are counted, no more
+  float *lows, *highs;
   int64_t* nonfinite_count;
   MinmaxUpdate update;
   float averaging_constant;
@@ -432,9 +432,6 @@ __global__ void __launch_bounds__(kMostThreads)
     take_rows(x, layout, work, group, split / work.run_splits * teams + team,
               static_cast<int64_t>(work.row_splits) * teams, split % work.run_splits, lane,
               state.ignore, &found);
-    if (state.lows == nullptr) {
-      continue;
-    }
     Keys keys = keys_of(found);
     keys.low = reduce_block(keys.low, uint32_t{0}, most_key);
     keys.high = reduce_block(keys.high, uint32_t{0}, most_key);
@@ -694,7 +691,7 @@ void launch_shared(const Call& call, const Kernel& kernel, const Work& work, int
   const unsigned blocks = call.cuda.blocks(parts * splits, 1, kTasksPerMultiprocessor);
   DeviceMinmax state = call.state;
   std::optional<DeviceScratch> scratch;
-  if (splits > 1 && state.lows != nullptr) {
+  if (splits > 1) {
     scratch.emplace(shared_state(call, parts, &state));
   }
   dispatch(call.dtype, call.x.const_data_ptr(), [&](const auto* x) {
@@ -811,38 +808,26 @@ void launch(const Call& call) {
   launch_runs(call);
 }
 
-void launch(const char* op, const CudaContext& cuda, DType dtype, const Tensor& x,
-            const Grouping& grouping, const DeviceMinmax& state) {
-  const DeviceLayout layout = device_layout(op, Layout::of_reduction(x, grouping));
-  launch({cuda, x, dtype, layout, state, pieces_of(layout)});
-}
-
 }  // namespace
 
 void minmax_on_device(const char* op, DType dtype, const Tensor& x, const Grouping& grouping,
                       const MinmaxArgs& args, const DeviceSwitch& enabled,
                       const DeviceQParams& qparams) {
   const CudaContext cuda(op, x);
-  DeviceMinmax state = {};
-  state.ignore = args.nonfinite == Nonfinite::ignore;
-  state.enabled = enabled;
-  // more axes than the kernels know are walked by torch
-  const bool simple = Layout::of_reduction(x, grouping).walk_count() <= DeviceLayout::kMostAxes;
-  const Tensor walked = simple ? x : torch::stable::contiguous(x);
   if (args.nonfinite == Nonfinite::raise) {
-    const DeviceScratch count(x, sizeof(int64_t));
-    state.nonfinite_count = count.at<int64_t>(0);
-    cuda.zero(state.nonfinite_count, sizeof(int64_t));
-    launch(op, cuda, dtype, walked, {}, state);
-    check_finite(op, args.nonfinite, cuda.read(state.nonfinite_count), x.numel());
+    check_finite_on_device(op, cuda, dtype, x, enabled);
   }
+  const Walk walk(op, x, grouping);
+  DeviceMinmax state = {};
   state.lows = mutable_data<float>(args.min_val);
   state.highs = mutable_data<float>(args.max_val);
   state.nonfinite_count = mutable_data<int64_t>(args.nonfinite_count);
   state.update = args.update;
   state.averaging_constant = args.averaging_constant;
+  state.ignore = args.nonfinite == Nonfinite::ignore;
+  state.enabled = enabled;
   state.qparams = qparams;
-  launch(op, cuda, dtype, walked, grouping, state);
+  launch({cuda, walk.x, dtype, walk.layout, state, pieces_of(walk.layout)});
 }
 
 namespace {
