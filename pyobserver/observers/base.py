@@ -218,7 +218,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         """
         min_val, max_val = self.observed_range()
         device = min_val.device
-        self._warn(*self._faults(min_val, max_val).tolist())
+        self.warn_of_statistics()
         if min_val.numel() == 0:
             scale = torch.ones(1, dtype=torch.float32, device=device)
             return scale, torch.zeros_like(scale, dtype=torch.int64)
@@ -260,28 +260,28 @@ class UniformQuantizationObserverBase(ObserverBase):
             enabled,
         )
 
-    def _faults(self, min_val: Tensor, max_val: Tensor) -> Tensor:
-        """What calls for a warning: whether the range was never fed, and the values not finite."""
-        unfed = (min_val > max_val).all()  # also of no elements
+    def _faults(self) -> Tensor:
+        """What calls for a warning: whether it was never fed, and the values not finite."""
+        unfed = (self.min_val > self.max_val).all()  # also of no elements
         return torch.stack((unfed.long(), self.nonfinite_count))
 
     def warn_of_statistics(self) -> None:
         """Warn where nothing was fed, or values were not finite. It waits for the device."""
-        self._warn(*self._faults(self.min_val, self.max_val).tolist())
+        self._warn(*self._faults().tolist(), stacklevel=4)
 
-    def _warn(self, is_unfed: int, nonfinite: int) -> None:
+    def _warn(self, is_unfed: int, nonfinite: int, *, stacklevel: int) -> None:
         if is_unfed:
             warnings.warn(
                 f"{type(self).__name__} was never fed: calculate_qparams returns scale 1 and zero "
                 "point 0",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
         if nonfinite:
             fate = "left out of" if self.nonfinite == "ignore" else "let into"
             warnings.warn(
                 f"{type(self).__name__}: {nonfinite} NaN or infinite values were {fate} the "
                 "statistics",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     def reset_min_max_vals(self) -> None:

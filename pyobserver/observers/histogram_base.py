@@ -149,7 +149,7 @@ def _read_at_once(observers: Sequence[HistogramObserverBase]) -> list[list[int]]
     rows: dict[torch.device, list[Tensor]] = {}
     for observer in observers:
         bits = observer.eps.view(torch.int32).long()
-        faults = observer._faults(observer.min_val, observer.max_val)
+        faults = observer._faults()
         rows.setdefault(observer.min_val.device, []).append(torch.cat((bits, faults)))
     read = {device: iter(torch.stack(found).tolist()) for device, found in rows.items()}
     return [next(read[observer.min_val.device]) for observer in observers]
@@ -173,7 +173,7 @@ def calculate_qparams(observers: Iterable[ObserverBase]) -> list[tuple[Tensor, T
     found: dict[int, tuple[Tensor, Tensor]] = {}
     alike: dict[Any, list[tuple[HistogramObserverBase, ranges.Histogram]]] = {}
     for observer, (eps, *faults) in zip(together, _read_at_once(together), strict=True):
-        observer._warn(*faults)
+        observer._warn(*faults, stacklevel=3)
         statistic, grid = observer.statistic(), observer._grid()
         options = tuple(sorted(observer._options().items()))
         kind = statistic.spacing, statistic.counts.shape[-1], statistic.counts.device

@@ -531,7 +531,7 @@ def test_meta_and_compile() -> None:
 
 
 def test_opcheck() -> None:
-    inputs = opcheck_inputs(torch.bfloat16)
+    inputs = opcheck_inputs()
     for x in (inputs[name] for name in ("0-d", "empty", "sliced", "transposed")):
         given = (x, *qparams((1,)), *GRID)
         opcheck("_learnable_fake_quantize", *given)

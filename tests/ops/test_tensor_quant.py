@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backends import ON_HOST, Backend, cuda_on_host
+from backends import ON_HOST, Backend, needs_device_in_software
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -576,10 +576,9 @@ def test_backward_rejects(backend: Backend, changed: dict[str, Tensor]) -> None:
 OPS = ("_tensor_quant", "_tensor_quant_mask", "_fake_tensor_quant", "_fake_tensor_quant_mask")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["0-d", "empty_2d", "sliced", "transposed"])
-def test_opcheck(kind: str, dtype: torch.dtype) -> None:
-    x = opcheck_inputs(dtype)[kind]
+@pytest.mark.parametrize("kind", ["0-d", "odd", "empty_2d", "sliced", "transposed"])
+def test_opcheck(kind: str) -> None:
+    x = opcheck_inputs()[kind]
     amax = torch.tensor(2.0) if x.dim() < 2 else amax_of((x.shape[0], *[1] * (x.dim() - 1)))
     for op in OPS:
         opcheck(op, x, amax, *SIGNED)
@@ -603,22 +602,14 @@ CALLS: dict[str, tuple[int, Callable[[Tensor, Tensor], object]]] = {
 }
 
 
-@pytest.mark.skipif(cuda_on_host() is None, reason="built without PYOBSERVER_CUDA_ON_HOST=1")
+@needs_device_in_software
 @pytest.mark.parametrize("amax_shape", [(), (100, 1), (70,)], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_launches_on_cuda(name: str, amax_shape: tuple[int, ...]) -> None:
     launches, call = CALLS[name]
-    device = cuda_on_host()
     x = sample((100, 70))
     amax = amax_of(amax_shape)
     if name.startswith("empty") and amax_shape == (100, 1):
         amax = amax[:1]
-    with ON_HOST.selected():
-        before = device.counts()
+    with ON_HOST.selected(), ON_HOST.asked(launches):
         call(x, amax)
-        after = device.counts()
-    assert {key: after[key] - before[key] for key in after} == {
-        "launches": launches,
-        "memsets": 0,
-        "syncs": 0,
-    }
