@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, a CUDA build of torch and nvcc: build, the CUDA tests, compute-sanitizer,
-# the GPU benchmarks. Needs no network; takes under nine minutes. The report of bench.gpu (Markdown
+# the GPU benchmarks. Needs no network; takes under nine minutes, each step its share. The report of bench.gpu (Markdown
 # and JSON) and gpu.log come to lie under $OUT, or in bench/results/.
 #
 # STEPS="build tests" runs these alone; PYTHON=… another interpreter than python3.
@@ -35,14 +35,14 @@ sanitize() { # tool, seconds: one case of each piece of work
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$log"
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
 report=$OUT/$(date -u +%Y-%m-%d)-$device.md
-step build 180 env PYOBSERVER_CUDA=1 PYOBSERVER_WERROR=1 \
+step build 90 env PYOBSERVER_CUDA=1 PYOBSERVER_WERROR=1 \
   "$python" -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
-step info 30 "$python" -m pyobserver info
-step tests 150 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
+step info 20 "$python" -m pyobserver info
+step tests 130 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
 sanitize memcheck 60
-sanitize racecheck 90
-sanitize initcheck 60
-step bench 150 "$python" -m bench.gpu --deadline 110 --output "$report"
+sanitize racecheck 60
+sanitize initcheck 40
+step bench 120 "$python" -m bench.gpu --deadline 90 --output "$report"
 if test -f "$report"; then cat "$report"; fi
 printf '\n%s s; failed:%s\n' "$((SECONDS - begin))" "${failed:- nothing}" | tee -a "$log"
 test -z "$failed"

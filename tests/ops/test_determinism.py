@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ def results(backend: Backend, name: str, dtype: torch.dtype, count: int) -> list
     return [t.view(torch.uint8).cpu().numpy().tobytes() for t in flat]
 
 
-def cases(names: Iterable[str]) -> pytest.MarkDecorator:
+def cases(names: Iterable[str], dtypes: Sequence[torch.dtype] = DTYPES) -> pytest.MarkDecorator:
     """Each work with each dtype that changes something."""
-    pairs = [(name, dtype) for name in names for dtype in DTYPES[: 1 if name in OF_COUNTS else 4]]
+    pairs = [(name, dtype) for name in names for dtype in dtypes[: 1 if name in OF_COUNTS else 4]]
     return pytest.mark.parametrize(("name", "dtype"), pairs, ids=str)
 
 
@@ -44,7 +44,7 @@ def test_same_bytes(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("cuda", params(lambda backend: backend.cuda))
-@cases(WORK)
+@cases(WORK, (torch.float32, torch.bfloat16))
 def test_same_bytes_on_cuda(cuda: Backend, name: str, dtype: torch.dtype) -> None:
     if cuda == GPU and name == "lp_search_powers":
         pytest.skip("a GPU has powers of its own")
