@@ -32,6 +32,7 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "linear": _LINEAR_FUNCTIONS,
     "matmul": _MATMULS,
+    "embedding": (F.embedding,),
     "add": (torch.add, operator.add, operator.iadd),
     "relu": (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_),
     "same": (

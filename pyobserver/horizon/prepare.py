@@ -26,12 +26,13 @@ def prepare(
     """A copy of a model that observes and fake-quantizes its tensors; it begins in CALIBRATION.
 
     **What is quantized.** Where the model has a ``QuantStub`` (torch.ao's, or ours): what comes
-    from one, up to a ``DeQuantStub``. Else all of it, its floating-point inputs first. Every
-    floating-point result there gets an ``activation_post_process``, but for those that only take
-    up or move values that are on a grid already (reshaping, indexing, max pooling, dropout), and
-    the results before a relu that is fused: of linear layers, matrix products, sums and batch
-    norms. Every weight of a linear layer, convolution, transposed one or embedding, as module or
-    function, and every parameter in a matrix product gets a ``weight_fake_quant``, along the
+    from one, up to a ``DeQuantStub``. Else all of it, its floating-point inputs first, and what is
+    made of integers (``x.float()``) as an input. Every floating-point result there gets an
+    ``activation_post_process``, but for those that only take up or move values that are on a grid
+    already (reshaping, indexing, max pooling, dropout), and the results before a relu that is
+    fused: of linear layers, matrix products, sums and batch norms. Every weight of a linear layer,
+    convolution, transposed one or embedding, as module or function, and every parameter in a
+    matrix product gets a ``weight_fake_quant``, along the
     output channels where it is per channel. Batch norms are folded into the layers before them by
     their running statistics, also for training.
 

@@ -68,7 +68,8 @@ _Grid = tuple[Key, ...]  # the fake-quantizes on whose grids a value lies; () wh
 def find_sites(traced: fx.GraphModule) -> Sites:
     """What is quantized: what comes from a ``QuantStub``, up to a ``DeQuantStub``.
 
-    Of a model without a ``QuantStub`` everything is, its floating-point inputs first.
+    Of a model without a ``QuantStub`` everything is, its floating-point inputs first, and what is
+    made of tensors of integers as an input is.
     """
     return _Search(traced).sites
 
@@ -106,14 +107,22 @@ class _Search:
         if kind == "quant":
             self._add_output([node], entry=True)
             return
-        embeds = self.all_of_it and kind == "embedding"
-        inside = embeds or any(source in self.grids for source in node.all_input_nodes)
-        if kind == "dequant" or not inside or not value.floating:
+        inside = any(source in self.grids for source in node.all_input_nodes)
+        enters = self.all_of_it and not inside and self._is_of_integers(node)
+        if kind == "dequant" or not (inside or enters) or not value.floating:
             return
-        if kind == "same":
+        if enters and kind != "embedding":
+            self._enter(node)
+        elif kind == "same":
             self._pass_on(node)
         else:
             self._compute(node, kind)
+
+    def _is_of_integers(self, node: fx.Node) -> bool:
+        """Whether an operand is a tensor of integers, as of an input that is one."""
+        operands = [source for source in node.all_input_nodes if not _is_constant(source)]
+        values = map(value_of, operands)
+        return any(not (value.floating or value.container) for value in values)
 
     def _enter(self, node: fx.Node) -> None:
         """An input: quantized as it is, or where it is taken out of its container."""
@@ -171,7 +180,7 @@ class _Search:
                 self._note_weight(name, Weight(node, None, axis))
             elif any(p.dim() > 1 for p in module.parameters()) and name not in self.sites.floats:
                 self.sites.floats.append(name)
-        elif kind in ("linear", "matmul"):
+        elif kind in ("linear", "matmul", "embedding"):
             for index, operand in enumerate(operands(node)):
                 if (index == 1 or kind == "matmul") and _is_weight(operand):
                     axis = weight_axis(node, index, value_of(operand).dim)

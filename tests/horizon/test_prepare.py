@@ -321,6 +321,45 @@ def test_inputs_have_a_fake_quantize_of_their_own() -> None:
     ]
 
 
+def test_what_is_made_of_integers_enters_the_quantized_part() -> None:
+    class OfBytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, index: dict[str, Tensor]) -> Tensor:
+            positions = torch.arange(3).float()  # of no input, as a constant is
+            return self.first(x.float()) + self.second(index["of"] / 2) + positions
+
+    inputs = torch.randint(256, (5, 4)), {"of": torch.randint(256, (5, 4))}
+    entering = FakeQuantize.with_args(observer=FixedScaleObserver, scale=2.0)
+    qconfig = QConfig(weight=FakeQuantize, output=FakeQuantize, input=entering)
+    found = fakes(prepare(OfBytes(), inputs, QconfigSetter(qconfig)))
+    assert [
+        name.partition(".")[0]
+        for name, one in found.items()
+        if isinstance(one.activation_post_process, FixedScaleObserver)
+    ] == ["_generated_float_0", "_generated_truediv_0"]
+    assert {"first.weight_fake_quant", "second.weight_fake_quant"} < set(found)
+
+
+def test_the_weight_of_an_embedding_function_is_quantized_along_its_rows() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(7, 4) * torch.arange(1.0, 8.0).unsqueeze(1))
+
+        def forward(self, index: Tensor) -> Tensor:
+            return F.embedding(index, self.rows)
+
+    model, index = Table(), torch.arange(7)
+    prepared = prepare(model, index)
+    assert torch.equal(prepared(index), model(index))
+    weight = fakes(prepared)["_generated_embedding_0.weight_fake_quant"]
+    set_fake_quantize(prepared, VALIDATION)
+    assert_close(weight.scale, model.rows.detach().abs().amax(1) / 127.5)
+
+
 def test_the_copy_takes_the_arguments_of_the_example() -> None:
     model, (xs, index, bias) = make("several")
     prepared = prepare(model, (xs, index, bias))
