@@ -24,6 +24,7 @@ from .ops.range_search import range_search
 _TINY = torch.finfo(torch.float32).tiny
 _HALF_MAX, _HALF_MIN = 65504.0, 2.0**-24
 LEAST_BITS, MOST_BITS = 2, 16
+_FINEST = 2**24  # on a grid of more integers than float32 has in a row nothing is clipped sooner
 
 
 def _part_of(x: Tensor, parts: int) -> Tensor:
@@ -461,6 +462,10 @@ _OPTIONS: dict[str, tuple[float, float, str]] = {
 }
 
 
+# the methods that score every scale on the grid itself; the others choose a range
+SEARCHES = ("mse", "lp")
+
+
 def choose(
     histogram: Histogram,
     method: str,
@@ -475,6 +480,37 @@ def choose(
     gives. With ``enabled`` 0 the search is left out, and the result means nothing.
     """
     return METHODS[method](histogram, grid, enabled, **options)
+
+
+def amax(
+    histogram: Histogram,
+    method: str,
+    bound: int,
+    unsigned: bool,
+    narrow_range: bool,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """The greatest magnitude by a method, as NVIDIA's quantizers take it: ``bound / amax`` is
+    what they multiply with.
+
+    Args:
+        method, options: see :func:`choose`.
+        bound: the greatest integer.
+        unsigned, narrow_range: whether the least is 0, or ``-bound`` in place of ``-bound - 1``.
+
+    Returns:
+        float32, shaped as ``min_val``; 0 where nothing was counted.
+    """
+    searches = method in SEARCHES
+    bound = min(max(bound, 1), _FINEST)
+    least = -bound - 1
+    if searches and (unsigned or narrow_range):
+        least = 0 if unsigned else -bound
+    # a range of both signs is divided by half its levels
+    times = bound if searches else (bound - least) / 2
+    grid = Grid.of(quant_min=least, quant_max=bound)._replace(zero_point=0)
+    scale, _ = choose(histogram, method, grid, options)
+    return torch.where(histogram.min_val > histogram.max_val, 0.0, scale * times)
 
 
 def stack(histograms: Sequence[Histogram]) -> Histogram:

@@ -601,3 +601,19 @@ def test_is_public() -> None:
     assert po.tensor_quant is tensor_quant
     assert tensor_quant.tensor_quant is po.ops.tensor_quant
     assert all(hasattr(tensor_quant, name) for name in tensor_quant.__all__)
+
+
+@pytest.mark.parametrize("method", ["mse", "kl", "percentile"])
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("num_bits", [1, 31, 32])
+def test_calibrating_the_coarsest_and_the_finest_grids(
+    num_bits: int, unsigned: bool, method: str
+) -> None:
+    desc = QuantDescriptor(
+        num_bits=num_bits, unsigned=unsigned, narrow_range=True, calib_method="histogram"
+    )
+    quantizer = TensorQuantizer(desc, if_quant=False, if_calib=True)
+    quantizer(torch.linspace(0.0, 1.0, 1001))
+    quantizer.load_calib_amax(method)
+    assert quantizer.amax is not None
+    assert 0.4 < quantizer.amax.item() < 1.1

@@ -18,10 +18,6 @@ from ..observers import LogHistogramObserver, PerChannelLogHistogramObserver
 
 __all__ = ["LogHistogramCalibrator"]
 
-_TINY = torch.finfo(torch.float32).tiny
-# the methods that score the grid itself; the others choose a bound of the magnitudes
-_SEARCHES = ("mse", "lp")
-
 
 class LogHistogramCalibrator(_Calibrator):
     """A log histogram of all tensors collected, of which a method chooses the amax.
@@ -113,11 +109,10 @@ class LogHistogramCalibrator(_Calibrator):
             method, options = self._method, {**self._method_kwargs, **options}
         method = "kl" if method == "entropy" else method  # Model Optimizer's name for it
         ranges.check_method(type(self).__name__, method, options)
-        grid, times = self._grid(method)
+        bound = self._bound(method)
         observer.warn_of_statistics()
-        scale, _ = ranges.choose(observer.statistic(), method, grid, options)
-        unfed = observer.min_val > observer.max_val
-        return torch.where(unfed, 0.0, scale * times).reshape(self._shape)
+        grid = bound, self._unsigned, self._narrow_range
+        return ranges.amax(observer.statistic(), method, *grid, options).reshape(self._shape)
 
     def _by_scale(self, x: Tensor) -> tuple[tuple[int, ...], Tensor]:
         """The shape of the amax, and the tensor with all its scales along the first axis."""
@@ -128,23 +123,16 @@ class LogHistogramCalibrator(_Calibrator):
         shape = tuple(size if d in kept else 1 for d, size in enumerate(x.shape))
         return shape, x.movedim(kept, tuple(range(len(kept)))).reshape(math.prod(shape), -1)
 
-    def _grid(self, method: str) -> tuple[ranges.Grid, float]:
-        """The grid to ask a method about, and the amax of its scale 1."""
-        eps = torch.tensor([_TINY])
-        if not isinstance(self._num_bits, int):
-            if method not in ("minmax", "percentile"):
-                raise ValueError(
-                    f"{type(self).__name__}: method: expected minmax or percentile for num_bits "
-                    f"{self._num_bits}, got {method!r}"
-                )
-            return ranges.Grid(-127, 127, 0, "none", eps), 127.0
-        bound = 2 ** (self._num_bits - 1 + int(self._unsigned)) - 1
-        least = -bound - 1 + int(self._narrow_range)
-        if method not in _SEARCHES:
-            # as many levels of either sign as the magnitudes have
-            return ranges.Grid(-bound - 1, bound, 0, "none", eps), bound + 0.5
-        least = 0 if self._unsigned else least
-        return ranges.Grid(least, bound, 0, "none", eps), float(bound)
+    def _bound(self, method: str) -> int:
+        """The greatest integer; of a float format any, which what chooses a range does not mind."""
+        if isinstance(self._num_bits, int):
+            return 2 ** (self._num_bits - 1 + int(self._unsigned)) - 1
+        if method not in ("minmax", "percentile"):
+            raise ValueError(
+                f"{type(self).__name__}: method: expected minmax or percentile for num_bits "
+                f"{self._num_bits}, got {method!r}"
+            )
+        return 127
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({super().__repr__()} method={self._method})"

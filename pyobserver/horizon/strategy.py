@@ -7,7 +7,7 @@ import enum
 import torch
 from torch import Tensor
 
-from ..ranges import constrained
+from ..ranges import SEARCHES, constrained
 
 
 class ComputeScaleStrategy(enum.Enum):
@@ -53,5 +53,5 @@ def searched_constraint(strategy: ComputeScaleStrategy, method: str) -> str:
     """The constraint of :mod:`pyobserver.ranges` under which a method chooses."""
     if strategy is not ComputeScaleStrategy.KPOT:
         return strategy.value
-    searches = method in ("mse", "lp")
+    searches = method in SEARCHES
     return ComputeScaleStrategy.POT.value if searches else ComputeScaleStrategy.STATISTIC.value

@@ -26,7 +26,6 @@ from .clip import Clip
 from .descriptor import CALIB_METHODS, QuantDescriptor, check_num_bits
 
 _OWNER = "TensorQuantizer"
-_SEARCHED = ("mse", "lp")  # on the grid itself; the others choose a range
 
 
 class TensorQuantizer(StatisticsModule):
@@ -292,13 +291,8 @@ class TensorQuantizer(StatisticsModule):
             )
         ranges.check_method(f"{_OWNER}.load_calib_amax", method, options)
         most = int(max_bound(self._num_bits, self._unsigned))
-        # an unsigned grid's values are never negative: the other half makes no difference
-        symmetric = method in _SEARCHED and (self._unsigned or self._narrow_range)
-        low = -most if symmetric else -most - 1
-        grid = ranges.Grid.of(quant_min=low, quant_max=most)._replace(zero_point=0)
-        scale, _ = ranges.choose(observer.statistic(), method, grid, options)
-        # a range of both signs is divided by half its levels
-        return scale * (most if method in _SEARCHED else (most - low) / 2)
+        grid = most, self._unsigned, self._narrow_range
+        return ranges.amax(observer.statistic(), method, *grid, options)
 
     def load_calib_amax(
         self, method: str | None = None, *, strict: bool = True, **options: Any

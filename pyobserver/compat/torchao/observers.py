@@ -31,8 +31,6 @@ from ...ops.minmax import minmax
 from .granularity import GRANULARITIES, block_size, blocks, grid
 
 _TINY = torch.finfo(torch.float32).tiny
-# the methods that score every scale on the grid: there is no range that could be clipped
-_SEARCHES = ("mse", "lp")
 
 
 def dtype_bounds(owner: str, dtype: torch.dtype) -> tuple[int, int]:
@@ -363,11 +361,12 @@ class _OfHistogram(AffineQuantizedObserver):
                 f"{owner}: preserve_zero, zero_point_domain: expected True and INT (or NONE) for a "
                 f"search on integers, got {self.preserve_zero} and {self.zero_point_domain}"
             )
+        # by a search there is no range that could be clipped
         without_clipping = self.mapping_type is MappingType.SYMMETRIC_NO_CLIPPING_ERR
-        if without_clipping and method not in _SEARCHES:
+        if without_clipping and method not in ranges.SEARCHES:
             raise ValueError(
                 f"{owner}: mapping_type: expected ASYMMETRIC or SYMMETRIC with method {method!r} "
-                f"(SYMMETRIC_NO_CLIPPING_ERR with {' or '.join(_SEARCHES)}), "
+                f"(SYMMETRIC_NO_CLIPPING_ERR with {' or '.join(ranges.SEARCHES)}), "
                 f"got {self.mapping_type}"
             )
 
