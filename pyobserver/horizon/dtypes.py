@@ -40,17 +40,18 @@ _OF_TORCH = {
 }
 
 
-def quant_dtype(owner: str, dtype: QuantDType | torch.dtype) -> QuantDType:
+def quant_dtype(owner: str, dtype: QuantDType | torch.dtype, name: str = "dtype") -> QuantDType:
     """The quantized type of ``dtype``: itself, or that of ``torch.int4``, ``int8`` or ``int16``.
 
     Raises:
-        ValueError: a type that is none of those; names the owner, what was expected and what came.
+        ValueError: a type that is none of those; names the owner, the argument, what was expected
+            and what came.
     """
     if isinstance(dtype, QuantDType):
         return dtype
     if dtype not in _OF_TORCH:
         served = ", ".join([*map(str, QuantDType), *map(str, _OF_TORCH)])
-        raise ValueError(f"{owner}: dtype: expected one of {served}, got {dtype!r}")
+        raise ValueError(f"{owner}: {name}: expected one of {served}, got {dtype!r}")
     return _OF_TORCH[dtype]
 
 

@@ -95,13 +95,15 @@ class ModuleNameTemplate(Template):
             )
         self.dtypes: dict[str, dict[str, Any]] = {}
         for name, given in dtypes.items():
+            if not isinstance(name, str):
+                raise TypeError(f"{owner}: dtypes: expected names of modules, got {name!r}")
             roles = given if isinstance(given, Mapping) else {"output": given}
             for role in roles:
                 _check_role(owner, role)
             self.dtypes[name] = {
-                role: [_dtype(owner, one) for one in dtype]
+                role: [_dtype(owner, "dtypes", one) for one in dtype]
                 if role == "input" and isinstance(dtype, (list, tuple))
-                else _dtype(owner, dtype)
+                else _dtype(owner, "dtypes", dtype)
                 for role, dtype in roles.items()
             }
 
@@ -133,7 +135,11 @@ class ConvDtypeTemplate(Template):
     def __init__(self, input_dtype: Dtype | None = None, weight_dtype: Dtype | None = None):
         owner = type(self).__name__
         given = {"input": input_dtype, "weight": weight_dtype}
-        self.dtypes = {role: _dtype(owner, one) for role, one in given.items() if one is not None}
+        self.dtypes = {
+            role: _dtype(owner, f"{role}_dtype", one)
+            for role, one in given.items()
+            if one is not None
+        }
 
     def apply(self, plan: Plan) -> None:
         for name, kind in plan.sites.kinds.items():
@@ -158,7 +164,7 @@ class MatmulDtypeTemplate(Template):
         given = input_dtypes if isinstance(input_dtypes, (list, tuple)) else [input_dtypes] * 2
         if len(given) != 2:
             raise ValueError(f"{owner}: input_dtypes: expected one type or two, got {input_dtypes}")
-        self.dtypes = [_dtype(owner, one) for one in given]
+        self.dtypes = [_dtype(owner, "input_dtypes", one) for one in given]
 
     def apply(self, plan: Plan) -> None:
         for name, kind in plan.sites.kinds.items():
@@ -187,7 +193,7 @@ class SensitivityTemplate(Template):
         dtype: Dtype = qint16,
     ):
         owner = type(self).__name__
-        listed = list(sensitive_list)
+        listed = _listed(owner, "sensitive_list", "pairs of a name and a role", sensitive_list)
         for one in listed:
             if not isinstance(one, (tuple, list)) or len(one) < 2 or not isinstance(one[0], str):
                 raise TypeError(
@@ -196,7 +202,7 @@ class SensitivityTemplate(Template):
             _check_role(owner, one[1])
         self.sensitive_list = [(one[0], one[1]) for one in listed]
         self.count = _count(owner, ratio, len(listed))
-        self.dtype = _dtype(owner, dtype)
+        self.dtype = _dtype(owner, "dtype", dtype)
 
     def apply(self, plan: Plan) -> None:
         owner = type(self).__name__
@@ -228,13 +234,13 @@ class QconfigSetter:
             raise TypeError(
                 f"QconfigSetter: reference_qconfig: expected a QConfig, got {reference_qconfig!r}"
             )
-        for template in templates:
+        self.templates = tuple(_listed("QconfigSetter", "templates", "templates", templates))
+        for template in self.templates:
             if not isinstance(template, Template):
                 raise TypeError(
                     f"QconfigSetter: templates: expected templates, got {template!r} among them"
                 )
         self.reference_qconfig = reference_qconfig
-        self.templates = tuple(templates)
 
     def plan(self, sites: Sites) -> Plan:
         """The types of what is quantized in a model."""
@@ -249,9 +255,15 @@ def _check_role(owner: str, role: Any) -> None:
         raise ValueError(f"{owner}: expected one of the roles {', '.join(ROLES)}, got {role!r}")
 
 
-def _dtype(owner: str, dtype: Any) -> QuantDType | None:
+def _listed(owner: str, name: str, what: str, given: Any) -> list[Any]:
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{owner}: {name}: expected {what}, got {given!r}")
+    return list(given)
+
+
+def _dtype(owner: str, name: str, dtype: Any) -> QuantDType | None:
     """A quantized type; None for ``torch.float32``."""
-    return None if dtype is torch.float32 else quant_dtype(owner, dtype)
+    return None if dtype is torch.float32 else quant_dtype(owner, dtype, name)
 
 
 def _set_inputs(plan: Plan, name: str, dtypes: Sequence[QuantDType | None]) -> None:

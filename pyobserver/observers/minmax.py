@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -334,6 +335,10 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
 
 
 def check_averaging_constant(owner: str, averaging_constant: float) -> None:
+    if not isinstance(averaging_constant, Real):
+        raise TypeError(
+            f"{owner}: averaging_constant: expected a number, got {averaging_constant!r}"
+        )
     if not 0.0 < averaging_constant <= 1.0:
         raise ValueError(
             f"{owner}: averaging_constant: expected a value in (0, 1], got {averaging_constant}"

@@ -332,6 +332,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"quant_min": -8.0, "quant_max": 7}, ValueError, "two integers or neither, got quant_min="),
     ({"averaging_constant": 0.0}, ValueError, r"averaging_constant: expected a value in \(0, 1\]"),
     ({"averaging_constant": 1.5}, ValueError, r"averaging_constant: expected a value in \(0, 1\]"),
+    ({"averaging_constant": "1"}, TypeError, "averaging_constant: expected a number, got '1'"),
+    ({"is_sync_quantize": "no"}, TypeError, "is_sync_quantize: expected a bool or None, got 'no'"),
     ({"compute_scale_strategy": "POT"}, TypeError, "compute_scale_strategy: expected a Compute"),
 ]
 

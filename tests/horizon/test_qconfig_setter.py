@@ -207,9 +207,14 @@ def test_a_template_of_ones_own() -> None:
 
 BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: ModuleNameTemplate([""]), TypeError, "dtypes: expected a mapping of names to types"),  # type: ignore[arg-type]
-    (lambda: ModuleNameTemplate({"": torch.uint8}), ValueError, "ModuleNameTemplate: dtype: exp"),
+    (lambda: ModuleNameTemplate({"": torch.uint8}), ValueError, "ModuleNameTemplate: dtypes: exp"),
     (lambda: ModuleNameTemplate({"": {"bias": qint8}}), ValueError, "one of the roles input, wei"),
-    (lambda: ConvDtypeTemplate("int8"), ValueError, "ConvDtypeTemplate: dtype: expected one of"),  # type: ignore[arg-type]
+    (lambda: ConvDtypeTemplate("int8"), ValueError, "Template: input_dtype: expected one of"),  # type: ignore[arg-type]
+    (lambda: ConvDtypeTemplate(qint8, "int8"), ValueError, "weight_dtype: expected one of"),  # type: ignore[arg-type]
+    (lambda: MatmulDtypeTemplate("int8"), ValueError, "Template: input_dtypes: expected one of"),
+    (lambda: ModuleNameTemplate({0: qint8}), TypeError, "dtypes: expected names of modules, got 0"),  # type: ignore[dict-item]
+    (lambda: SensitivityTemplate(3), TypeError, "sensitive_list: expected pairs .*, got 3"),  # type: ignore[arg-type]
+    (lambda: QconfigSetter(get_qconfig(), 3), TypeError, "templates: expected templates, got 3"),  # type: ignore[arg-type]
     (lambda: MatmulDtypeTemplate([qint8]), ValueError, "input_dtypes: expected one type or two"),
     (lambda: SensitivityTemplate(["conv"]), TypeError, "expected pairs of a name and a role, got"),
     (lambda: SensitivityTemplate([("a",)]), TypeError, "expected pairs of a name and a role, got"),

@@ -77,6 +77,10 @@ class ObserverBase(UniformQuantizationObserverBase):
                 f"{owner}: compute_scale_strategy: expected a ComputeScaleStrategy, "
                 f"got {compute_scale_strategy!r}"
             )
+        if not isinstance(is_sync_quantize, (bool, type(None))):
+            raise TypeError(
+                f"{owner}: is_sync_quantize: expected a bool or None, got {is_sync_quantize!r}"
+            )
         dtype = quant_dtype(owner, dtype)
         quant_min, quant_max = _bounds(owner, dtype, quant_min, quant_max)
         super().__init__(
