@@ -40,7 +40,8 @@ def export(
         dynamic_shapes: as of ``torch.export.export``: which sizes may vary.
 
     Raises:
-        ValueError: a model that is not prepared, or fake-quantizes that were never fed.
+        ValueError: a model that is not prepared, or in float64, or fake-quantizes that were never
+            fed.
     """
     inputs = as_inputs("export", example_inputs)
     with torch.no_grad():
@@ -156,6 +157,12 @@ class _QuantizeDequantize(nn.Module):
             self.register_buffer("zero_point", fake.zero_point.long())
 
     def quantize(self, x: Tensor) -> Tensor:
+        if x.dtype is torch.float64:
+            raise ValueError(
+                "export: model: expected float32, float16 or bfloat16, as the ops of "
+                f"quantized_decomposed take it, got {x.dtype}"
+            )
+        x = _as(torch.float32, x)  # as the op does, but in ONNX the scale has the type of x
         if self.axis is None:
             return _ops().quantize_per_tensor(x, *self.steps, *self.grid)
         return _ops().quantize_per_channel(x, self.scale, self.zero_point, self.axis, *self.grid)

@@ -151,6 +151,34 @@ def test_onnx_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         export_onnx(*mixed("reused"), "unwritten.onnx")
 
 
+def calibrated(dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)).eval().to(dtype)
+    x = torch.randn(5, 4, dtype=dtype)
+    prepared = prepare(model, x)
+    prepared(x)
+    set_fake_quantize(prepared, FakeQuantState.VALIDATION)
+    return prepared, x
+
+
+def test_float64_which_the_ops_do_not_take() -> None:
+    with pytest.raises(ValueError, match=r"export: model: expected float32, .* got torch\.float64"):
+        export(*calibrated(torch.float64))
+
+
+def test_models_in_half_precision(tmp_path: Path) -> None:
+    prepared, x = calibrated(torch.bfloat16)
+    assert torch.equal(export(prepared, x).module()(x), prepared(x))
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    prepared, x = calibrated(torch.float16)
+    path = tmp_path / "model.onnx"
+    export_onnx(prepared, x, path)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    wanted = prepared(x).detach()
+    assert float((torch.from_numpy(got) - wanted).abs().max() / wanted.abs().max()) < 0.02
+
+
 ONNX = {
     "norms": (torch.randn(3, 2, 6, 6),),
     "functional": (torch.randn(7, 3, 6, 6),),
