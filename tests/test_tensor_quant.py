@@ -53,6 +53,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "amax_tensor": ({"amax": torch.ones(1)}, TypeError, "amax: expected .*, got Tensor"),
     "scale_amax": ({"scale_amax": "2"}, TypeError, "scale_amax: expected a float or None, got str"),
     "method": ({"calib_method": "best"}, ValueError, "calib_method: expected one of max, .*'best'"),
+    "ragged": ({"amax": [[1.0], [2.0, 3.0]]}, TypeError, "amax: expected numbers in a regular"),
     "unknown": ({"quant_axis": 0}, TypeError, "unexpected keyword argument 'quant_axis'"),
 }
 
@@ -210,7 +211,15 @@ def test_amax_that_is_given() -> None:
         quantizer.amax = [1.0, 2.0]
     with pytest.raises(TypeError, match=r"amax: expected a number, .* got NoneType"):
         quantizer.amax = None
+    with pytest.raises(ValueError, match=r"amax: expected no negative value, got -2\.0"):
+        quantizer.amax = -2.0
+    with pytest.raises(TypeError, match="unsigned: expected a bool, got int"):
+        quantizer.unsigned = 0  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="narrow_range: expected a bool, got NoneType"):
+        quantizer.narrow_range = None  # type: ignore[assignment]
     assert quantizer.amax == 1
+    assert quantizer.unsigned
+    assert quantizer.narrow_range
     scaled = TensorQuantizer(QuantDescriptor(amax=2.0, scale_amax=0.5, narrow_range=True))
     assert_same(scaled(x), fake_tensor_quant(x, torch.tensor(1.0)))
     scaled = TensorQuantizer(QuantDescriptor(scale_amax=0.5, narrow_range=True))
@@ -617,3 +626,14 @@ def test_calibrating_the_coarsest_and_the_finest_grids(
     quantizer.load_calib_amax(method)
     assert quantizer.amax is not None
     assert 0.4 < quantizer.amax.item() < 1.1
+
+
+def test_functions_by_the_names_of_their_classes() -> None:
+    x = sample((4, 6)).requires_grad_()
+    amax = torch.tensor(1.0)
+    q, scale = tensor_quant.TensorQuantFunction.apply(x, amax, 4, False, False)
+    assert_same(q, tensor_quant.tensor_quant(x, amax, 4, False, False)[0])
+    y = tensor_quant.FakeTensorQuantFunction.apply(x, amax, 4, False, False)
+    assert_same(y, q / scale)
+    y.sum().backward()
+    assert_same(x.grad, (x.abs() <= 1).float())

@@ -18,6 +18,7 @@ from .descriptor import (
     QuantDescriptor,
     ScaledQuantDescriptor,
 )
+from .functions import FakeTensorQuantFunction, TensorQuantFunction
 from .quantizer import TensorQuantizer
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "QUANT_DESC_8BIT_PER_TENSOR",
     "QUANT_DESC_UNSIGNED_8BIT_PER_TENSOR",
     "Clip",
+    "FakeTensorQuantFunction",
     "QuantDescriptor",
     "ScaledQuantDescriptor",
+    "TensorQuantFunction",
     "TensorQuantizer",
     "fake_tensor_quant",
     "tensor_quant",

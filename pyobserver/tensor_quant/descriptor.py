@@ -26,6 +26,12 @@ def check_num_bits(owner: str, num_bits: object) -> int:
     return num_bits
 
 
+def check_flag(owner: str, name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
 def _check_axis(owner: str, axis: object) -> None:
     axes = axis if isinstance(axis, (tuple, list)) else () if axis is None else (axis,)
     if not all(isinstance(each, int) and not isinstance(each, bool) for each in axes):
@@ -82,9 +88,7 @@ class ScaledQuantDescriptor:
                 f"{owner}: name: expected a string or None, got {type(self.name).__name__}"
             )
         for flag in ("fake_quant", "learn_amax", "unsigned", "narrow_range"):
-            value = getattr(self, flag)
-            if not isinstance(value, bool):
-                raise TypeError(f"{owner}: {flag}: expected a bool, got {type(value).__name__}")
+            check_flag(owner, flag, getattr(self, flag))
         _check_axis(owner, self.axis)
         if self.learn_amax and self.axis is not None:
             raise TypeError(
@@ -106,7 +110,12 @@ class ScaledQuantDescriptor:
                     f"{owner}: amax: expected a float, a list or an ndarray, "
                     f"got {type(self.amax).__name__}"
                 )
-            amax = np.array(self.amax, dtype=np.float32)
+            try:
+                amax = np.array(self.amax, dtype=np.float32)
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"{owner}: amax: expected numbers in a regular shape, got {self.amax!r}"
+                ) from error
             amax.setflags(write=False)
             object.__setattr__(self, "amax", amax)
 

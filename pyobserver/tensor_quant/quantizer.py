@@ -23,7 +23,7 @@ from ..observers.base import StatisticsModule
 from ..ops.minmax import minmax
 from ..ops.tensor_quant import fake_tensor_quant, max_bound, tensor_quant
 from .clip import Clip
-from .descriptor import CALIB_METHODS, QuantDescriptor, check_num_bits
+from .descriptor import CALIB_METHODS, QuantDescriptor, check_flag, check_num_bits
 
 _OWNER = "TensorQuantizer"
 
@@ -111,7 +111,7 @@ class TensorQuantizer(StatisticsModule):
 
     @unsigned.setter
     def unsigned(self, value: bool) -> None:
-        self._unsigned = value
+        self._unsigned = check_flag(_OWNER, "unsigned", value)
 
     @property
     def narrow_range(self) -> bool:
@@ -119,7 +119,7 @@ class TensorQuantizer(StatisticsModule):
 
     @narrow_range.setter
     def narrow_range(self, value: bool) -> None:
-        self._narrow_range = value
+        self._narrow_range = check_flag(_OWNER, "narrow_range", value)
 
     @property
     def axis(self) -> int | tuple[int, ...] | None:
@@ -155,6 +155,8 @@ class TensorQuantizer(StatisticsModule):
         known = self.amax
         device = None if known is None else known.device
         new = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value)
+        if new.device.type == "cpu" and bool((new < 0).any()):  # elsewhere that is a device sync
+            raise ValueError(f"{_OWNER}: amax: expected no negative value, got {new.min().item()}")
         new = new.detach().to(device, torch.float32)
         if known is not None and known.shape != new.shape:
             raise TypeError(
