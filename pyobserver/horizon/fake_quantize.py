@@ -127,9 +127,13 @@ class FakeQuantize(engine.FakeQuantize):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` as the state says: itself, or rounded to the grid, shaped as x."""
-        if x.numel() == 0:
-            return x
         watcher = self.activation_post_process
+        if x.numel() == 0:
+            if self._observes and watcher.syncs:
+                watcher(x.detach())  # for the other ranks wait for this one
+                if self._quantizes:
+                    self.update_scale()
+            return x
         if self._observes:
             if self._quantizes and self._is_one_call(watcher):
                 return watcher.observe_fake_quantize(x, self.scale, self.zero_point)

@@ -66,6 +66,23 @@ def check_sync_minmax() -> None:
     assert high.tolist() == [2.0 * last, 3.0 + last]
 
 
+def check_a_fake_quantize_of_nothing_takes_in_the_others() -> None:
+    for state in (FakeQuantState.CALIBRATION, FakeQuantState.QAT):
+        for make in OBSERVERS:
+            fake = FakeQuantize(make)
+            fake.set_state(state)
+            for step in reversed(range(STEPS)):  # rank 1 begins with nothing
+                fake(batch(dist.get_rank(), step))
+            check_same_scale(fake)
+
+
+def check_same_scale(fake: FakeQuantize) -> None:
+    fake.update_scale()
+    scales: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(scales, float(fake.scale))
+    assert len(set(scales)) == 1, scales
+
+
 def check_one_rank_alone_can_validate() -> None:
     fake = FakeQuantize()
     set_fake_quantize(fake, FakeQuantState.CALIBRATION)
@@ -75,9 +92,7 @@ def check_one_rank_alone_can_validate() -> None:
         fake(batch(0, 1))  # would wait for the others if it observed
     set_fake_quantize(fake, FakeQuantState.QAT)
     fake(batch(dist.get_rank(), 1))
-    scales: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(scales, float(fake.scale))
-    assert len(set(scales)) == 1
+    check_same_scale(fake)
 
 
 def main() -> None:
@@ -86,6 +101,7 @@ def main() -> None:
         for kwargs in ({}, PER_CHANNEL):
             check_forward_takes_in_all_ranks(make, kwargs)
     check_sync_minmax()
+    check_a_fake_quantize_of_nothing_takes_in_the_others()
     check_one_rank_alone_can_validate()
     dist.destroy_process_group()
 

@@ -105,7 +105,8 @@ class ObserverBase(UniformQuantizationObserverBase):
     def forward(self, x: Tensor) -> Tensor: ...
 
     @property
-    def _syncs(self) -> bool:
+    def syncs(self) -> bool:
+        """Whether a forward waits for those of other ranks."""
         return self.is_sync_quantize and _is_distributed() and dist.get_world_size() > 1
 
     def sync_minmax(self, min_val: Tensor, max_val: Tensor) -> None:

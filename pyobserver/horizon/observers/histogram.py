@@ -67,7 +67,7 @@ class MethodObserver(EngineObserver, LogHistogramBase):  # type: ignore[misc]
         self.scale_constraint = searched_constraint(self.compute_scale_strategy, method)
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
-        if not self._syncs:
+        if not self.syncs:
             super().observe(x, enabled)
             return
         groups = self._groups_of(x)

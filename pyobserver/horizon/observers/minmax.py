@@ -34,10 +34,10 @@ class MinMaxObserver(EngineObserver, MinMaxBase):
     def observes_in_one_call(self) -> bool:
         """Whether :meth:`observe_fake_quantize` does what observing and choosing would."""
         plain = self.compute_scale_strategy is ComputeScaleStrategy.STATISTIC
-        return plain and not self._syncs
+        return plain and not self.syncs
 
     def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
-        if self._limits is None and not self._syncs:
+        if self._limits is None and not self.syncs:
             super().observe(x, enabled)
             return
         low, high, nonfinite = self._range_of(x, enabled)
@@ -45,7 +45,7 @@ class MinMaxObserver(EngineObserver, MinMaxBase):
             fed = low <= high
             clipped_low, clipped_high = (end.clamp(*self._limits) for end in (low, high))
             low, high = torch.where(fed, clipped_low, low), torch.where(fed, clipped_high, high)
-        if self._syncs:
+        if self.syncs:
             self.sync_minmax(low, high)
         # the two ends stand for the tensor; of none, they are infinite and are left out
         ends = torch.stack((low, high), -1)
