@@ -144,13 +144,18 @@ class FakeQuantize(FakeQuantizeBase):
         **observer_kwargs: Any,
     ):
         super().__init__()
+        if not callable(observer):
+            raise TypeError(
+                f"{type(self).__name__}: observer: expected a class or factory of observers, "
+                f"got {observer!r}"
+            )
         if quant_min is not None or quant_max is not None:
             observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
         if is_dynamic:  # else left out: not every observer knows it
             observer_kwargs["is_dynamic"] = True
         self.activation_post_process = observer(**observer_kwargs)
         watcher = self.activation_post_process
-        if isinstance(watcher, PerBlockLogHistogramObserver):
+        if isinstance(watcher, PerBlockLogHistogramObserver) or not hasattr(watcher, "qscheme"):
             raise TypeError(
                 f"{type(self).__name__}: observer: expected one of a scale per tensor or channel, "
                 f"got {type(watcher).__name__}"

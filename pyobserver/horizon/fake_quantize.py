@@ -95,7 +95,13 @@ class FakeQuantize(engine.FakeQuantize):
         return FakeQuantState(switches) if any(switches) else None
 
     def set_state(self, state: FakeQuantState) -> None:
-        """Change the state; leaving CALIBRATION chooses the scale."""
+        """Change the state; leaving CALIBRATION chooses the scale.
+
+        Raises:
+            TypeError: no FakeQuantState.
+        """
+        if not isinstance(state, FakeQuantState):
+            raise TypeError(f"set_state: state: expected a FakeQuantState, got {state!r}")
         if self.state is FakeQuantState.CALIBRATION and state is not self.state:
             self.update_scale()
         observes, quantizes = state.value
@@ -190,8 +196,6 @@ def set_fake_quantize(model: nn.Module, state: FakeQuantState) -> None:
     Warns:
         UserWarning: VALIDATION with fake-quantizes that were never fed, with their names.
     """
-    if not isinstance(state, FakeQuantState):
-        raise TypeError(f"set_fake_quantize: state: expected a FakeQuantState, got {state!r}")
     found = fake_quantizes("set_fake_quantize", model)
     for module in found.values():
         module.set_state(state)

@@ -220,8 +220,14 @@ def test_validation_without_data_warns_with_names() -> None:
 def test_arguments() -> None:
     with pytest.raises(TypeError, match=r"observer: expected an observer of pyobserver\.horizon"):
         FakeQuantize(observer=pyobserver.MinMaxObserver)
+    with pytest.raises(TypeError, match=r"observer: expected one of a scale .*, got Identity"):
+        FakeQuantize(observer=nn.Identity)
+    with pytest.raises(TypeError, match=r"observer: expected a class or factory .*, got 3"):
+        FakeQuantize(observer=3)
     with pytest.raises(TypeError, match="state: expected a FakeQuantState, got 'QAT'"):
         set_fake_quantize(FakeQuantize(), "QAT")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="state: expected a FakeQuantState, got 'QAT'"):
+        FakeQuantize().set_state("QAT")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a prepared one, got Linear without"):
         set_fake_quantize(nn.Linear(2, 2), QAT)
 

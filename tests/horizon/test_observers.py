@@ -128,6 +128,10 @@ def test_limits_per_channel_on_any_axis() -> None:
     assert observer.max_val.tolist() == [1.0, 0.25]
     with pytest.raises(ValueError, match="xmin: expected a value below xmax"):
         ClipObserver(xmin=1.0, xmax=1.0)
+    with pytest.raises(ValueError, match="xmin: expected a value below xmax, got xmin='0'"):
+        ClipObserver(xmin="0")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="x: expected a dense tensor"):
+        observer(None)
 
 
 def test_fixed_scale() -> None:
@@ -229,6 +233,9 @@ def test_mix_takes_options_and_refuses_none() -> None:
     x = torch.randn(1000)
     only = fed(MixObserver(methods=[("percentile", {"percentile": 0.5})]), x)
     assert scale_of(only) == scale_of(fed(PercentileObserver(percentile=0.5), x))
+    for bad in (3, [("mse",)], [3], [("mse", 3)]):
+        with pytest.raises(TypeError, match="methods: expected names of methods, or pairs of a na"):
+            MixObserver(methods=bad)
     with pytest.raises(ValueError, match="methods: expected at least one, got none"):
         MixObserver(methods=())
     with pytest.raises(ValueError, match="MixObserver: method: expected one of"):

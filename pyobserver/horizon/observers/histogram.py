@@ -232,7 +232,13 @@ class MixObserver(MethodObserver):
         **kwargs: Any,
     ):
         super().__init__(*args, method="minmax", **kwargs)
-        pairs = [(one, {}) if isinstance(one, str) else tuple(one) for one in methods]
+        try:
+            pairs = [(one, {}) if isinstance(one, str) else (one[0], {**one[1]}) for one in methods]
+        except (TypeError, IndexError):
+            raise TypeError(
+                f"{type(self).__name__}: methods: expected names of methods, or pairs of a name "
+                f"and its options, got {methods!r}"
+            ) from None
         if not pairs:
             raise ValueError(f"{type(self).__name__}: methods: expected at least one, got none")
         for method, options in pairs:

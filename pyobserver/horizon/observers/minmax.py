@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..._checks import check_axis
+from ..._checks import check_axis, check_input
 from ...observers.base import new_full
 from ...observers.minmax import MinMaxBase
 from ...ops.minmax import minmax
@@ -57,6 +58,7 @@ class MinMaxObserver(EngineObserver, MinMaxBase):
 
     def _range_of(self, x: Tensor, enabled: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The least and greatest values of one tensor, and how many of it are not finite."""
+        check_input("minmax", "x", x)
         axis = self.ch_axis if self._per_channel else None
         groups = () if axis is None else (x.shape[check_axis("minmax", x, axis)],)
         low = self.eps.new_full(groups, torch.inf)
@@ -76,10 +78,10 @@ class ClipObserver(MinMaxObserver):
 
     def __init__(self, *args: Any, xmin: float = -1.0, xmax: float = 1.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if not xmin < xmax:
+        if not (isinstance(xmin, Real) and isinstance(xmax, Real) and xmin < xmax):
             raise ValueError(
                 f"{type(self).__name__}: xmin: expected a value below xmax, "
-                f"got xmin={xmin}, xmax={xmax}"
+                f"got xmin={xmin!r}, xmax={xmax!r}"
             )
         self._limits = (float(xmin), float(xmax))
 
