@@ -272,6 +272,16 @@ def test_an_empty_tensor_takes_no_launch() -> None:
 
 
 @on_cuda
+@pytest.mark.parametrize("bins", [1400, 1487, 1488, 1535, 1536])
+def test_shared_memory_has_room_for_a_kernels_variables(cuda: Backend, bins: int) -> None:
+    """About the 48 KB that a launch has unasked, those among them."""
+    counts = torch.arange(bins, 0, -1, dtype=torch.float64)
+    expected = po.ops.kl_search(counts, 8, bins - 9)
+    found = cuda.op("kl_search")(counts.to(cuda.device), 8, bins - 9)
+    assert_all_same([found.cpu()], [expected])
+
+
+@on_cuda
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_has_the_numbers_of_the_cpu(cuda: Backend, name: str) -> None:
     expected, expected_y = fed_on_cpu(MODULES[name], 4)

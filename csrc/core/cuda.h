@@ -41,10 +41,7 @@ class CudaContext {
 
   int64_t most_shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   // Whether a block may have so much dynamic shared memory, beside the variables of a kernel.
-  bool fits(int64_t shared_bytes) const {
-    constexpr int64_t kOfKernels = 4 << 10;
-    return shared_bytes <= most_shared_bytes() - kOfKernels;
-  }
+  bool fits(int64_t shared_bytes) const { return shared_bytes <= most_shared_bytes() - kOfKernels; }
   // How many blocks of so much shared memory a multiprocessor holds, but no more than `most`.
   int blocks_that_fit(int64_t shared_bytes, int most) const {
     constexpr int64_t kOfSystem = 1 << 10;  // of each block, beside the variables of the kernel
@@ -57,7 +54,8 @@ class CudaContext {
   template <class... Params, class... Args>
   void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, int64_t shared_bytes,
               const Args&... args) const {
-    constexpr int64_t kGranted = 48 << 10;  // more has to be asked for
+    // more has to be asked for, and the variables of the kernel count too
+    constexpr int64_t kGranted = (48 << 10) - kOfKernels;
     if (shared_bytes > kGranted) {
       check_cuda(op_, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes)));
@@ -86,6 +84,9 @@ class CudaContext {
   }
 
  private:
+  // bytes of shared variables, at most, of a kernel that has dynamic shared memory
+  static constexpr int64_t kOfKernels = 4 << 10;
+
   const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;
   int32_t device_;

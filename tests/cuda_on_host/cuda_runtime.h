@@ -62,6 +62,10 @@ void let_others_run();  // now and then, before what other threads may see
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 void count_memset();
 void count_sync();
+// Dynamic shared memory that a kernel may have: what its variables, which are taken for 4 KB, leave
+// of 48 KB, or what was asked for.
+size_t granted_to(const void* kernel);
+void grant(const void* kernel, size_t bytes);
 
 inline unsigned lane() { return threadIdx.x % kLanes; }
 
@@ -219,8 +223,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > 99 * 1024) {
+    return cudaErrorInvalidValue;
+  }
+  cuda_on_host::grant(reinterpret_cast<const void*>(kernel), static_cast<size_t>(bytes));
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_t) {
   cuda_on_host::count_memset();
@@ -245,7 +253,8 @@ void call_kernel(void (*kernel)(Params...), void** arguments, std::index_sequenc
 template <class... Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t) {
-  if (grid.x == 0 || block.x == 0 || block.x > 1024 || shared_bytes > 99 * 1024) {
+  if (grid.x == 0 || block.x == 0 || block.x > 1024 ||
+      shared_bytes > cuda_on_host::granted_to(reinterpret_cast<const void*>(kernel))) {
     return cudaErrorInvalidValue;
   }
   struct Call {
