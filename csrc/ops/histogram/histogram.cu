@@ -362,6 +362,7 @@ PYOBS_DEVICE_ONCE void finish_first(const DeviceHistogram& given, Workspace work
   const bool again = !steady && is_finite(next.low) && is_finite(next.high);
   const bool narrow = !known.unfed && is_narrow(given.counts, nullptr, bins,
                                                 static_cast<double>(given.numel - nonfinite));
+  __syncthreads();  // every warp has summed the counts
   if (steady) {
     add_counts(given, given.counts, narrow);
   } else if (again && !known.unfed) {
