@@ -144,6 +144,8 @@ def _compiled(call: Call) -> Call | None:
 
 def _graph(calls: Sequence[Call]) -> Call:
     """All turns in one graph."""
+    for call in calls:
+        call()  # kernels are loaded, and states made, before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -256,6 +258,7 @@ def main() -> None:
     about = facts(arguments.device, "bench.gpu")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
+    failed: list[str] = []
     for wanted_size in sorted(arguments.sizes, reverse=True):
         for case in cases:
             size = wanted_size if case.sizes is None else case.sizes[-1]
@@ -263,11 +266,17 @@ def main() -> None:
             if repeated or time.monotonic() - begin > arguments.deadline:
                 continue
             print(f"{case.name}, {size:,} {case.unit}", file=sys.stderr)
-            rows.append(_row(case, size, arguments.device, clock))
+            try:
+                rows.append(_row(case, size, arguments.device, clock))
+            except RuntimeError as error:  # the other rows are wanted all the same
+                failed.append(f"{case.name}, {size:,}: {error}")
+                continue
             # as far as it got, should the machine be taken away
             arguments.output.write_text(_markdown(about, rows), encoding="utf-8")
             record = {"facts": about, "rows": [asdict(row) for row in rows]}
             arguments.output.with_suffix(".json").write_text(json.dumps(record) + "\n")
+    if failed:
+        sys.exit("\n".join(["rows that failed:", *failed]))
 
 
 if __name__ == "__main__":
