@@ -36,14 +36,14 @@ sanitize() { # tool, seconds: one case of each piece of work, tensors not cut fr
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$log"
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
 report=$OUT/$(date -u +%Y-%m-%d)-$device.md
-step build 90 env PYOBSERVER_CUDA=1 \
+step build 80 env PYOBSERVER_CUDA=1 \
   "$python" -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
-step info 20 "$python" -m pyobserver info
-step tests 130 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
-sanitize memcheck 60
-sanitize racecheck 60
+step info 15 "$python" -m pyobserver info
+step tests 180 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
+sanitize memcheck 55
+sanitize racecheck 55
 sanitize initcheck 40
-step bench 120 "$python" -m bench.gpu --deadline 90 --output "$report"
+step bench 110 "$python" -m bench.gpu --deadline 80 --output "$report"
 if test -f "$report"; then cat "$report"; fi
 printf '\n%s s; failed:%s\n' "$((SECONDS - begin))" "${failed:- nothing}" | tee -a "$log"
 test -z "$failed"
