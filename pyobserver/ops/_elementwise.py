@@ -31,6 +31,11 @@ def empty_output(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def is_laid_out_as_output(t: Tensor, x: Tensor) -> bool:
+    """Whether a tensor has the strides of x's output."""
+    return t.stride() == x.stride() if is_dense(x) else t.is_contiguous()
+
+
 def mask_bytes(x: Tensor) -> int:
     return (x.numel() + 7) // 8
 

@@ -17,6 +17,7 @@ from ._elementwise import (
     empty_output,
     in_memory_order,
     is_dense,
+    is_laid_out_as_output,
     mask_bytes,
     needs_gradient,
     pack_mask,
@@ -81,12 +82,10 @@ def _check_out(
         got = out.dtype if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f"{op}: out: expected x's dtype, {x.dtype}, got {got}")
     _checks.check_same_device(op, x, {"out": out})
-    dense = is_dense(x)
-    laid_out = out.stride() == x.stride() if dense else out.is_contiguous()
-    if out.shape != x.shape or not laid_out:
+    if out.shape != x.shape or not is_laid_out_as_output(out, x):
         raise ValueError(
             f"{op}: out: expected shape {tuple(x.shape)} "
-            f"{f'with strides {x.stride()}' if dense else 'and contiguous'}, "
+            f"{f'with strides {x.stride()}' if is_dense(x) else 'and contiguous'}, "
             f"got {tuple(out.shape)} with strides {out.stride()}"
         )
 

@@ -11,15 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import _checks
 from ._blocks import split
+from ._elementwise import empty_output, is_laid_out_as_output, needs_gradient, with_strides
 from ._library import define, define_composite
-from .fake_quantize import (
-    _quantize,
-    check_grid_params,
-    check_values,
-    empty_output,
-    is_dense,
-    needs_gradient,
-)
+from .fake_quantize import _quantize, check_grid_params, check_values
 
 _OP = "learnable_fake_quantize"
 
@@ -85,8 +79,7 @@ def _check_backward(
         got = grad.dtype if isinstance(grad, Tensor) else type(grad).__name__
         raise TypeError(f"{op}: grad: expected x's dtype, {x.dtype}, got {got}")
     _checks.check_same_device(op, x, {"grad": grad})
-    laid_out = grad.stride() == x.stride() if is_dense(x) else grad.is_contiguous()
-    if grad.shape != x.shape or (x.numel() and not laid_out):
+    if grad.shape != x.shape or (x.numel() and not is_laid_out_as_output(grad, x)):
         raise ValueError(
             f"{op}: grad: expected a tensor laid out as the forward's output, "
             f"got shape {tuple(grad.shape)} with strides {grad.stride()}"
@@ -184,11 +177,7 @@ class _Learnable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if grad.stride() != ctx.strides:
-            grad = torch.empty_strided(
-                grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device
-            ).copy_(grad)
-        grads = _op_backward(grad, *ctx.saved_tensors, *ctx.options)
+        grads = _op_backward(with_strides(grad, ctx.strides), *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None, None, None
 
 
@@ -241,8 +230,7 @@ def learnable_fake_quantize(
     by ``trunc(z + 0.5)``, for a negative one to another integer than its forward, and on the CPU it
     rounds ``x / scale + z`` where the forward rounds ``x / scale``, which differs at ties; here the
     backward takes the integers of the forward. +inf is above the grid, where torch has it below.
-    LSQ: Esser et al., "Learned Step
-    Size Quantization", ICLR 2020.
+    LSQ: Esser et al., "Learned Step Size Quantization", ICLR 2020.
     """
     try:
         if needs_gradient(x) or (
