@@ -80,7 +80,7 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
 namespace {
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
-  return mask_backward(kFakeQuantizeBackward, grad, mask, fake_quantize_table().backward);
+  return mask_backward(kFakeQuantizeBackward, grad, mask, by_parts(fake_quantize_table().backward));
 }
 
 }  // namespace

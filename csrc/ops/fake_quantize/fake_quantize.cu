@@ -11,6 +11,7 @@
 #include "../../core/cuda.h"
 #include "../../core/device_layout.cuh"
 #include "fake_quantize_glue.h"
+#include "mask_backward.h"
 
 namespace pyobserver {
 namespace {
@@ -334,25 +335,18 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
 namespace {
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
-  const DType dtype = input_dtype(kFakeQuantizeBackward, "grad", grad);
-  check_backward(kFakeQuantizeBackward, grad, mask);
-  const int64_t n = grad.numel();
-  Tensor out = empty_output(grad, n > 0);
-  if (n == 0) {
-    return out;
-  }
-  const CudaContext cuda(kFakeQuantizeBackward, grad);
-  void* to = out.mutable_data_ptr();
-  const uint8_t* bits = const_data<uint8_t>(mask);
-  dispatch(dtype, grad.const_data_ptr(), [&](const auto* from) {
-    using T = typename Pointee<decltype(from)>::type;
-    const bool packed = is_aligned(from) && is_aligned(to);
-    const int size = packed ? Pack<T>::size : 1;
-    const unsigned blocks = cuda.blocks(n / size + 1, kThreads, kBlocksPerMultiprocessor);
-    const auto kernel = packed ? backward_kernel<T, Pack<T>::size> : backward_kernel<T, 1>;
-    cuda.launch(kernel, blocks, kThreads, 0, from, bits, static_cast<T*>(to), n);
-  });
-  return out;
+  const auto launch = [&](DType dtype, const void* from, const uint8_t* bits, void* to, int64_t n) {
+    const CudaContext cuda(kFakeQuantizeBackward, grad);
+    dispatch(dtype, from, [&](const auto* typed) {
+      using T = typename Pointee<decltype(typed)>::type;
+      const bool packed = is_aligned(from) && is_aligned(to);
+      const int size = packed ? Pack<T>::size : 1;
+      const unsigned blocks = cuda.blocks(n / size + 1, kThreads, kBlocksPerMultiprocessor);
+      const auto kernel = packed ? backward_kernel<T, Pack<T>::size> : backward_kernel<T, 1>;
+      cuda.launch(kernel, blocks, kThreads, 0, typed, bits, static_cast<T*>(to), n);
+    });
+  };
+  return mask_backward(kFakeQuantizeBackward, grad, mask, launch);
 }
 
 }  // namespace

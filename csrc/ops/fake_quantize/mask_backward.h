@@ -1,4 +1,4 @@
-// CPU glue of a backward that looks at the gradient and at one bit an element.
+// Glue of a backward that looks at the gradient and at one bit an element.
 #pragma once
 
 #include "../../core/parallel.h"
@@ -6,7 +6,7 @@
 
 namespace pyobserver {
 
-// backward: (dtype, grad, mask, out, begin, end), begin a multiple of 8.
+// backward: (dtype, grad, mask, out, n)
 template <class Backward>
 inline Tensor mask_backward(const char* op, const Tensor& grad, const Tensor& mask,
                             const Backward& backward) {
@@ -17,13 +17,19 @@ inline Tensor mask_backward(const char* op, const Tensor& grad, const Tensor& ma
   if (n == 0) {
     return out;
   }
-  const void* from = grad.const_data_ptr();
-  void* to = out.mutable_data_ptr();
-  const uint8_t* bits = const_data<uint8_t>(mask);
-  for_each_part(n, part_count(n), 64, [&](int64_t, int64_t begin, int64_t end) {
-    backward(dtype, from, bits, to, begin, end);
-  });
+  backward(dtype, grad.const_data_ptr(), const_data<uint8_t>(mask), out.mutable_data_ptr(), n);
   return out;
+}
+
+// Such a backward by a kernel of the CPU over torch's threads: (dtype, grad, mask, out, begin,
+// end), begin a multiple of 8.
+template <class Kernel>
+inline auto by_parts(const Kernel& kernel) {
+  return [kernel](DType dtype, const void* grad, const uint8_t* mask, void* out, int64_t n) {
+    for_each_part(n, part_count(n), 64, [&](int64_t, int64_t begin, int64_t end) {
+      kernel(dtype, grad, mask, out, begin, end);
+    });
+  };
 }
 
 }  // namespace pyobserver

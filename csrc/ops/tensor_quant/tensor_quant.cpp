@@ -83,7 +83,7 @@ Tensor tensor_quant_forward(const char* op, const TensorQuantArgs& args, Tensor*
 namespace {
 
 Tensor tensor_quant_backward(const Tensor& grad, const Tensor& mask) {
-  return mask_backward(kTensorQuantBackward, grad, mask, tensor_quant_table().backward);
+  return mask_backward(kTensorQuantBackward, grad, mask, by_parts(tensor_quant_table().backward));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 // launch. One launch each; nothing is read back, so no value is checked.
 #include "../../core/cuda.h"
 #include "../../core/device_layout.cuh"
+#include "../fake_quantize/mask_backward.h"
 #include "tensor_quant_glue.h"
 
 namespace pyobserver {
@@ -92,7 +93,7 @@ PYOBS_DEVICE void store_mask(uint8_t* mask, int64_t first, int64_t n, uint32_t b
 template <class T>
 __global__ void forward_kernel(const T* __restrict__ x, T* __restrict__ y,
                                uint8_t* __restrict__ mask, int64_t n, DeviceAmax amax,
-                               DeviceLayout layout, AmaxGrid grid, bool fake, bool aligned) {
+                               DividedLayout layout, AmaxGrid grid, bool fake, bool aligned) {
   using Compute = ComputeOf<T>;
   constexpr int kSize = Pack<T>::size;
   const int64_t thread = thread_of_grid(), threads = threads_of_grid();
@@ -163,7 +164,7 @@ Tensor tensor_quant_forward(const char* op, const TensorQuantArgs& args, Tensor*
   const int64_t n = args.x.numel();
   const bool dense = n > 0 && Layout::of_output(args.x, {}).dense;
   const Tensor x = n == 0 || dense ? args.x : torch::stable::contiguous(args.x);
-  const DeviceLayout layout = device_layout(op, Layout::of_output(x, grouping.grouping()));
+  const DividedLayout layout = divided_layout(op, Layout::of_output(x, grouping.grouping()));
   Tensor y = empty_output(x, dense);
   DeviceAmax amax = {args.amax.const_data_ptr(), input_dtype(op, "amax", args.amax), nullptr, 0};
   if (scale != nullptr) {
@@ -198,28 +199,20 @@ void launch_backward(const CudaContext& cuda, const void* grad, const uint8_t* m
 }
 
 Tensor tensor_quant_backward(const Tensor& grad, const Tensor& mask) {
-  const DType dtype = input_dtype(kTensorQuantBackward, "grad", grad);
-  check_backward(kTensorQuantBackward, grad, mask);
-  const int64_t n = grad.numel();
-  Tensor out = empty_output(grad, n > 0);
-  if (n == 0) {
-    return out;
-  }
-  const CudaContext cuda(kTensorQuantBackward, grad);
-  const void* from = grad.const_data_ptr();
-  const uint8_t* bits = const_data<uint8_t>(mask);
-  void* to = out.mutable_data_ptr();
-  switch (element_size(dtype)) {
-    case 8:
-      launch_backward<uint64_t>(cuda, from, bits, to, n);
-      break;
-    case 4:
-      launch_backward<uint32_t>(cuda, from, bits, to, n);
-      break;
-    default:
-      launch_backward<uint16_t>(cuda, from, bits, to, n);
-  }
-  return out;
+  const auto launch = [&](DType dtype, const void* from, const uint8_t* bits, void* to, int64_t n) {
+    const CudaContext cuda(kTensorQuantBackward, grad);
+    switch (element_size(dtype)) {
+      case 8:
+        launch_backward<uint64_t>(cuda, from, bits, to, n);
+        break;
+      case 4:
+        launch_backward<uint32_t>(cuda, from, bits, to, n);
+        break;
+      default:
+        launch_backward<uint16_t>(cuda, from, bits, to, n);
+    }
+  };
+  return mask_backward(kTensorQuantBackward, grad, mask, launch);
 }
 
 }  // namespace
