@@ -51,10 +51,7 @@ constexpr int kLanes = 32;
 
 void* dynamic_shared();
 // Blocks the calling thread until all of the block, or all lanes of the mask, have come.
-struct Votes {
-  int yes, threads;
-};
-Votes wait_for_block(bool vote);
+int wait_for_block(bool vote);                                 // how many votes are yes
 const uint64_t* wait_for_warp(uint32_t mask, uint64_t value);  // the values of the lanes
 void let_others_run();  // now and then, before what other threads may see
 
@@ -90,15 +87,8 @@ T of_lane(uint32_t mask, T value, unsigned from) {
 // Barriers and warps. Blocks are one-dimensional.
 
 inline void __syncthreads() { cuda_on_host::wait_for_block(false); }
-inline int __syncthreads_or(int vote) { return cuda_on_host::wait_for_block(vote != 0).yes > 0; }
-inline int __syncthreads_count(int vote) { return cuda_on_host::wait_for_block(vote != 0).yes; }
-inline int __syncthreads_and(int vote) {
-  const auto votes = cuda_on_host::wait_for_block(vote != 0);
-  return votes.yes == votes.threads;
-}
-inline void __syncwarp(uint32_t mask = 0xffffffffu) { cuda_on_host::wait_for_warp(mask, 0); }
+inline int __syncthreads_or(int vote) { return cuda_on_host::wait_for_block(vote != 0) > 0; }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {
@@ -128,8 +118,6 @@ inline uint32_t __ballot_sync(uint32_t mask, int vote) {
   }
   return bits;
 }
-inline int __any_sync(uint32_t mask, int vote) { return __ballot_sync(mask, vote) != 0; }
-inline int __all_sync(uint32_t mask, int vote) { return __ballot_sync(mask, vote == 0) == 0; }
 template <class T>
 uint32_t __match_any_sync(uint32_t mask, T value) {
   const uint64_t* words = cuda_on_host::wait_for_warp(mask, cuda_on_host::to_word(value));
@@ -159,15 +147,9 @@ inline int __reduce_max_sync(uint32_t mask, int value) {
 }
 
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
-inline int __popcll(uint64_t bits) { return __builtin_popcountll(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
-inline int __clz(uint32_t bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
-}
-template <class T>
-T __ldg(const T* from) {
-  return *from;
 }
 template <class T>
 T __ldcg(const T* from) {
@@ -196,14 +178,6 @@ T atomicMax(T* at, std::common_type_t<T> value) {
   return change_atomically(at, [&](T before) { return value > before ? value : before; });
 }
 template <class T>
-T atomicOr(T* at, std::common_type_t<T> value) {
-  return change_atomically(at, [&](T before) { return before | value; });
-}
-template <class T>
-T atomicExch(T* at, std::common_type_t<T> value) {
-  return change_atomically(at, [&](T) { return value; });
-}
-template <class T>
 T atomicCAS(T* at, std::common_type_t<T> expected, std::common_type_t<T> value) {
   return change_atomically(at, [&](T before) { return before == expected ? value : before; });
 }
@@ -214,7 +188,7 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaMemcpyKind { cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyHostToDevice };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

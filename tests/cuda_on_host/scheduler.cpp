@@ -30,7 +30,7 @@ struct Fiber {
   uint32_t mask;
   uint64_t value;
   uint64_t gathered[kLanes];
-  Votes votes;
+  int votes;
   bool started = false;
   jmp_buf here;
   ucontext_t context;
@@ -46,7 +46,7 @@ class Block {
   // Runs some of its threads a little further; false when all have ended.
   bool go_on(uint64_t turns);
 
-  Votes wait_for_block(bool vote) {
+  int wait_for_block(bool vote) {
     Fiber& fiber = *current_;
     fiber.vote = vote;
     leave(State::at_block_barrier);
@@ -140,9 +140,9 @@ class Block {
   }
 
   void open_barrier() {
-    Votes votes = {0, static_cast<int>(alive_)};
+    int votes = 0;
     for (unsigned i = 0; i < threads_; ++i) {
-      votes.yes += fibers_[i]->state == State::at_block_barrier && fibers_[i]->vote;
+      votes += fibers_[i]->state == State::at_block_barrier && fibers_[i]->vote;
     }
     for (unsigned i = 0; i < threads_; ++i) {
       if (fibers_[i]->state == State::at_block_barrier) {
@@ -266,7 +266,7 @@ std::map<const void*, size_t> granted;
 }  // namespace
 
 void* dynamic_shared() { return running->shared(); }
-Votes wait_for_block(bool vote) { return running->wait_for_block(vote); }
+int wait_for_block(bool vote) { return running->wait_for_block(vote); }
 const uint64_t* wait_for_warp(uint32_t mask, uint64_t value) {
   return running->wait_for_warp(mask, value);
 }
