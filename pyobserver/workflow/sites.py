@@ -26,27 +26,29 @@ USUALLY_QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, *E
 _SHOWN = 6  # names in an error message
 
 
-def select_modules(model: nn.Module, modules: Selection) -> dict[str, nn.Module]:
+def select_modules(
+    model: nn.Module, modules: Selection, owner: str = "calibrate"
+) -> dict[str, nn.Module]:
     """The chosen modules by name; one that has several names goes by the first that was chosen."""
     names = list(model.named_modules(remove_duplicate=False))
     if isinstance(modules, nn.Module):  # which is callable, too
-        raise _selection_error(modules)
+        raise _selection_error(owner, modules)
     if modules is None:
         matches = _of_type(names, USUALLY_QUANTIZED)
         wanted = "the modules that are usually quantized (linear, convolution, embedding)"
     elif isinstance(modules, (str, type)):
-        return select_modules(model, (modules,))
+        return select_modules(model, (modules,), owner)
     elif isinstance(modules, Sequence):
-        matches, wanted = _listed(names, modules), f"{modules!r}"
+        matches, wanted = _listed(owner, names, modules), f"{modules!r}"
     elif callable(modules):
         matches = [(name, module) for name, module in names if modules(name, module)]
         wanted = "those that the predicate takes"
     else:
-        raise _selection_error(modules)
+        raise _selection_error(owner, modules)
     if not matches:
         types = sorted({type(module).__name__ for _, module in names})
         raise ValueError(
-            f"calibrate: modules: expected a selection that matches, got none for {wanted}; "
+            f"{owner}: modules: expected a selection that matches, got none for {wanted}; "
             f"the model has {_shortened(types)}"
         )
     chosen: dict[int, tuple[str, nn.Module]] = {}
@@ -56,18 +58,18 @@ def select_modules(model: nn.Module, modules: Selection) -> dict[str, nn.Module]
 
 
 def _listed(
-    names: list[tuple[str, nn.Module]], items: Sequence[type[nn.Module] | str]
+    owner: str, names: list[tuple[str, nn.Module]], items: Sequence[type[nn.Module] | str]
 ) -> list[tuple[str, nn.Module]]:
     """What a list of types and name patterns takes, in the order of the model."""
     kinds: list[type] = []
     taken: set[str] = set()
     for item in items:
         if isinstance(item, str):
-            taken |= _of_pattern([name for name, _ in names], item)
+            taken |= _of_pattern(owner, [name for name, _ in names], item)
         elif isinstance(item, type) and issubclass(item, nn.Module):
             kinds.append(item)
         else:
-            raise _selection_error(item)
+            raise _selection_error(owner, item)
     taken |= {name for name, _ in _of_type(names, tuple(kinds))}
     return [(name, module) for name, module in names if name in taken]
 
@@ -78,11 +80,11 @@ def _of_type(
     return [(name, module) for name, module in names if isinstance(module, kinds)]
 
 
-def _of_pattern(names: list[str], pattern: str) -> set[str]:
+def _of_pattern(owner: str, names: list[str], pattern: str) -> set[str]:
     taken = {name for name in names if fnmatchcase(name, pattern)}
     if not taken:
         raise ValueError(
-            f"calibrate: modules: expected a name pattern that matches, got {pattern!r}; "
+            f"{owner}: modules: expected a name pattern that matches, got {pattern!r}; "
             f"{near_matches(pattern, names)}"
         )
     return taken
@@ -100,9 +102,9 @@ def _shortened(names: list[str]) -> str:
     return (", ".join(shown[:_SHOWN]) or "no modules") + more
 
 
-def _selection_error(item: object) -> TypeError:
+def _selection_error(owner: str, item: object) -> TypeError:
     return TypeError(
-        "calibrate: modules: expected module types, name patterns, a list of those or a predicate "
+        f"{owner}: modules: expected module types, name patterns, a list of those or a predicate "
         f"(name, module) -> bool, got {item!r}"
     )
 
