@@ -1,11 +1,13 @@
 """Observers and fake-quantize for PyTorch, in compiled kernels."""
 
+from . import batch_norm as _batch_norm
 from . import distributed, ops, ranges, tensor_quant
 from . import fake_quantize as _fake_quantize
 from . import observers as _observers
 from ._native import NativeStatus
 from ._native import status as native_status
 from ._version import __version__
+from .batch_norm import *  # noqa: F403
 from .compat.hosts import register_with_hosts
 from .fake_quantize import *  # noqa: F403
 from .observers import *  # noqa: F403
@@ -30,4 +32,4 @@ __all__ = [
     "register_with_hosts",
     "tensor_quant",
 ]
-__all__ += [*_fake_quantize.__all__, *_observers.__all__]
+__all__ += [*_batch_norm.__all__, *_fake_quantize.__all__, *_observers.__all__]
