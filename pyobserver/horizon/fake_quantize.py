@@ -79,14 +79,22 @@ class FakeQuantize(engine.FakeQuantize):
         self._quantizes = bool(self.fake_quant_enabled)
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Gather statistics in forward, or not."""
+        """Gather statistics in forward, or not; leaving CALIBRATION chooses the scale."""
+        if not enabled:
+            self._choose_if_calibrating()
         super().enable_observer(enabled)
         self._observes = bool(enabled)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Round in forward, or pass the values through."""
+        """Round in forward, or pass the values through; leaving CALIBRATION chooses the scale."""
+        if enabled:
+            self._choose_if_calibrating()
         super().enable_fake_quant(enabled)
         self._quantizes = bool(enabled)
+
+    def _choose_if_calibrating(self) -> None:
+        if self.state is FakeQuantState.CALIBRATION and not self.scale.is_meta:
+            self.update_scale()
 
     @property
     def state(self) -> FakeQuantState | None:
@@ -102,8 +110,6 @@ class FakeQuantize(engine.FakeQuantize):
         """
         if not isinstance(state, FakeQuantState):
             raise TypeError(f"set_state: state: expected a FakeQuantState, got {state!r}")
-        if self.state is FakeQuantState.CALIBRATION and state is not self.state:
-            self.update_scale()
         observes, quantizes = state.value
         self.enable_observer(observes)
         self.enable_fake_quant(quantizes)
@@ -166,8 +172,7 @@ class FakeQuantize(engine.FakeQuantize):
         return sized and watcher.observes_in_one_call
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if self.state is FakeQuantState.CALIBRATION:
-            self.update_scale()
+        self._choose_if_calibrating()
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from ..workflow.calibrate import eval_mode
 from ..workflow.progress import track
 from ..workflow.table import aligned
-from .fake_quantize import FakeQuantize, FakeQuantState, calibrated
+from .fake_quantize import FakeQuantize, calibrated
 from .tracing import as_inputs
 
 _ROLES = {"activation_post_process": "output", "weight_fake_quant": "weight"}
@@ -155,9 +155,7 @@ def _noise(wanted: Any, got: Any) -> float:
 def _switched_off(modules: Iterable[FakeQuantize]) -> Iterator[None]:
     """Neither observing nor rounding for a while, by the scales of the statistics so far."""
     before = [(module, module.state) for module in modules]
-    for module, state in before:
-        if state is FakeQuantState.CALIBRATION:
-            module.update_scale()
+    for module, _ in before:
         module.enable_observer(False)
         module.enable_fake_quant(False)
     try:

@@ -124,6 +124,20 @@ def test_states_are_known_and_the_switches_are_the_engines() -> None:
     assert fake(x) is x
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_engines_switches_choose_the_scale_on_leaving_calibration(order: int) -> None:
+    """Whichever of the two is turned first; they gave the scale of before, 1."""
+    x = torch.randn(10)
+    expected, fake = calibrated(x), calibrated(x)
+    expected.set_state(VALIDATION)
+    turns = [pyobserver.disable_observer, pyobserver.enable_fake_quant]
+    for turn in turns[:: 1 - 2 * order]:
+        turn(fake)
+    assert fake.state is VALIDATION
+    assert fake.scale == expected.scale != 1
+    assert torch.equal(fake(x), expected(x))
+
+
 def test_empty_tensors_change_nothing() -> None:
     fake = FakeQuantize()
     for state in FakeQuantState:
