@@ -191,11 +191,10 @@ class FreezableBatchNorm3d(_Freezable, nn.BatchNorm3d):
     """
 
 
-_FREEZABLE: dict[type, type[_Freezable]] = {
-    nn.BatchNorm1d: FreezableBatchNorm1d,
-    nn.BatchNorm2d: FreezableBatchNorm2d,
-    nn.BatchNorm3d: FreezableBatchNorm3d,
-}
+FREEZABLE = (FreezableBatchNorm1d, FreezableBatchNorm2d, FreezableBatchNorm3d)
+_FREEZABLE_OF: dict[type, type[_Freezable]] = dict(
+    zip((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), FREEZABLE, strict=True)
+)
 
 
 def make_batch_norm_freezable(model: nn.Module) -> None:
@@ -224,7 +223,7 @@ def make_batch_norm_freezable(model: nn.Module) -> None:
     refused = [
         f"{name or 'the model'} ({_shown(module)})"
         for name, module in plain.items()
-        if type(module) not in _FREEZABLE or module.running_mean is None
+        if type(module) not in _FREEZABLE_OF or module.running_mean is None
     ]
     if refused:
         raise ValueError(
@@ -232,12 +231,12 @@ def make_batch_norm_freezable(model: nn.Module) -> None:
             f"running statistics, got {', '.join(refused)}"
         )
     for module in plain.values():
-        module.__class__ = _FREEZABLE[type(module)]
+        module.__class__ = _FREEZABLE_OF[type(module)]
         module._register_frozen()
 
 
 def _shown(module: Any) -> str:
-    stateless = type(module) in _FREEZABLE  # and refused
+    stateless = type(module) in _FREEZABLE_OF  # and refused
     return type(module).__name__ + ", track_running_stats=False" * stateless
 
 

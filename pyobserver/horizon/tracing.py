@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ..batch_norm import FREEZABLE
 from ..workflow.calibrate import eval_mode
 from .modules import is_stub
 
@@ -56,7 +57,7 @@ def module_of(node: fx.Node) -> str:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         stub = is_stub(m, "QuantStub") or is_stub(m, "DeQuantStub")
-        return stub or super().is_leaf_module(m, module_qualified_name)
+        return stub or isinstance(m, FREEZABLE) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Recorder(fx.Interpreter):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_structure
 
+from pyobserver import FreezableBatchNorm1d, make_batch_norm_freezable
 from pyobserver.horizon import (
     DeQuantStub,
     FakeQuantize,
@@ -270,6 +271,14 @@ def test_a_batch_norm_of_a_sequence_is_not_that_of_the_features() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
     assert isinstance(prepare(model, torch.randn(5, 4)).get_submodule("1"), nn.Identity)
     assert isinstance(prepare(model, torch.randn(5, 3, 4)).get_submodule("1"), nn.BatchNorm1d)
+
+
+def test_batch_norms_that_can_be_frozen_are_folded_too() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3))
+    make_batch_norm_freezable(model)
+    prepared = prepare(model, torch.randn(5, 2, 4))
+    assert isinstance(prepared.get_submodule("1"), nn.Identity)
+    assert isinstance(prepared.get_submodule("3"), FreezableBatchNorm1d)
 
 
 def test_a_batch_norm_without_running_statistics_stays() -> None:
