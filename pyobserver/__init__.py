@@ -12,7 +12,7 @@ from .compat.hosts import register_with_hosts
 from .fake_quantize import *  # noqa: F403
 from .observers import *  # noqa: F403
 from .state import get_observer_state_dict, load_observer_state_dict
-from .workflow import CalibrationResult, Comparison, Site, calibrate
+from .workflow import CalibrationResult, Comparison, QATSchedule, Site, calibrate, switch
 
 register_with_hosts()
 
@@ -20,6 +20,7 @@ __all__ = [
     "CalibrationResult",
     "Comparison",
     "NativeStatus",
+    "QATSchedule",
     "Site",
     "__version__",
     "calibrate",
@@ -30,6 +31,7 @@ __all__ = [
     "ops",
     "ranges",
     "register_with_hosts",
+    "switch",
     "tensor_quant",
 ]
 __all__ += [*_batch_norm.__all__, *_fake_quantize.__all__, *_observers.__all__]

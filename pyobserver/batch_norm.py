@@ -205,7 +205,7 @@ def make_batch_norm_freezable(model: nn.Module) -> None:
     own class: fusing layers, ``prepare_qat``.
 
     The fused modules of torch.ao (``ConvBn2d`` and the like) are left alone: they freeze theirs
-    by a flag of Python.
+    by a flag of Python, see :func:`switch`.
 
     Args:
         model: any module, also a batch norm itself; for a part of a model, that part.

@@ -344,32 +344,32 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         )
 
 
-def _as_fake_quantize(mod: nn.Module) -> Any:
+def as_fake_quantize(mod: nn.Module) -> Any:
     """The module if it is a fake-quantize, ours or a host's (a model may hold both); else None."""
     return mod if isinstance(mod, (FakeQuantizeBase, *host_classes("FakeQuantizeBase"))) else None
 
 
 def disable_fake_quant(mod: nn.Module) -> None:
     """Let values pass one fake-quantize module: ``model.apply(disable_fake_quant)``."""
-    if fake_quantize_module := _as_fake_quantize(mod):
+    if fake_quantize_module := as_fake_quantize(mod):
         fake_quantize_module.disable_fake_quant()
 
 
 def enable_fake_quant(mod: nn.Module) -> None:
     """Round in one fake-quantize module: ``model.apply(enable_fake_quant)``."""
-    if fake_quantize_module := _as_fake_quantize(mod):
+    if fake_quantize_module := as_fake_quantize(mod):
         fake_quantize_module.enable_fake_quant()
 
 
 def disable_observer(mod: nn.Module) -> None:
     """Freeze one fake-quantize module's statistics: ``model.apply(disable_observer)``."""
-    if fake_quantize_module := _as_fake_quantize(mod):
+    if fake_quantize_module := as_fake_quantize(mod):
         fake_quantize_module.disable_observer()
 
 
 def enable_observer(mod: nn.Module) -> None:
     """Gather statistics in one fake-quantize module: ``model.apply(enable_observer)``."""
-    if fake_quantize_module := _as_fake_quantize(mod):
+    if fake_quantize_module := as_fake_quantize(mod):
         fake_quantize_module.enable_observer()
 
 
