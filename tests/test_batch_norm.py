@@ -177,7 +177,8 @@ def test_frozen_statistics_survive_what_is_not_finite() -> None:
     ours.freeze_bn_stats()
     with unchanged(*ours.buffers()):
         for value in (torch.inf, torch.nan):
-            ours(torch.full((4, 5, 3, 2), value))
+            for dtype in (torch.float32, torch.bfloat16):
+                ours(torch.full((4, 5, 3, 2), value, dtype=dtype))
 
 
 def test_eval_is_that_of_torch() -> None:
