@@ -367,6 +367,56 @@ def test_a_module_is_captured_in_a_graph(gpu: Backend, name: str) -> None:
     assert_all_same([*state(module), y.detach().cpu()], [*expected, expected_y], name)
 
 
+def training(device: str) -> tuple[nn.Sequential, po.QATSchedule]:
+    model = nn.Sequential(po.FreezableBatchNorm1d(SHAPE[1]), po.FakeQuantize()).to(device)
+    return model, po.QATSchedule(
+        model, fake_quant_from=1, freeze_batch_norm_from=2, observer_until=3
+    )
+
+
+def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of the parameters."""
+    y = model(x)
+    return y, list(torch.autograd.grad(y.square().sum(), model.parameters()))
+
+
+@on_gpu
+def test_a_schedule_steps_between_the_replays_of_a_graph(gpu: Backend) -> None:
+    eager, expected_schedule = training(gpu.device)
+    captured, schedule = training(gpu.device)
+    x = torch.ones(SHAPE, device=gpu.device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(captured, x)
+    torch.cuda.current_stream().wait_stream(side)
+    captured.load_state_dict(eager.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(captured, x)
+    for batch in batches(gpu.device):
+        x.copy_(batch)
+        replay(graph)
+        torch.testing.assert_close(found, gradients(eager, batch))
+        torch.testing.assert_close(captured.state_dict(), eager.state_dict())
+        schedule.step()
+        expected_schedule.step()
+
+
+@on_gpu
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_batch_norm_is_that_of_torch(gpu: Backend, frozen: bool) -> None:
+    ours = po.FreezableBatchNorm1d(SHAPE[1], device=gpu.device)
+    theirs = nn.BatchNorm1d(SHAPE[1], device=gpu.device)
+    if frozen:
+        ours.freeze_bn_stats()
+        theirs.eval()
+    for batch in batches(gpu.device):
+        torch.testing.assert_close(gradients(ours, batch), gradients(theirs, batch))
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(getattr(ours, name), buffer)
+
+
 @on_gpu
 @pytest.mark.parametrize("name", WORK)
 def test_an_op_runs_on_the_current_stream(gpu: Backend, name: str) -> None:
