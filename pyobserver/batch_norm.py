@@ -73,6 +73,12 @@ def _mean_and_var(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
 
 
+def _is_readable(flag: Tensor) -> bool:
+    """Whether the host knows it without waiting: of a CPU, and while no graph is made."""
+    on_cpu = flag.device.type == "cpu" and type(flag) is Tensor  # else one without data
+    return on_cpu and not torch.compiler.is_compiling()
+
+
 class _Freezable(_BatchNorm):
     running_mean: Tensor
     running_var: Tensor
@@ -89,7 +95,7 @@ class _Freezable(_BatchNorm):
         self._register_frozen()
 
     def _register_frozen(self) -> None:
-        # no bool, which NCCL does not broadcast
+        # as the switches of a fake-quantize
         frozen = torch.zeros((), dtype=torch.uint8, device=self.running_mean.device)
         self.register_buffer("frozen", frozen)
 
@@ -106,9 +112,11 @@ class _Freezable(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        count = input.numel() // input.shape[1]
-        if count < 2:
-            return self._of_fewer_than_two(input, count)
+        count = self._values_per_channel(input)
+        if count == 0:
+            return self._by_running(input)
+        if _is_readable(self.frozen):
+            return self._by_running(input) if self.frozen else super().forward(input)
         frozen = self.frozen.bool()
         running_mean, running_var = self.running_mean, self.running_var
         batch_mean, batch_var = _mean_and_var(input.detach(), running_mean)
@@ -118,15 +126,18 @@ class _Freezable(_BatchNorm):
         self._follow(mean, var, ~frozen, count)
         return y
 
-    def _of_fewer_than_two(self, input: Tensor, count: int) -> Tensor:
-        if count:
+    def _values_per_channel(self, input: Tensor) -> int:
+        count = input.numel() // self.num_features
+        if input.shape[1] != self.num_features or count == 1:
             raise ValueError(
-                f"{type(self).__name__}: input: expected more than 1 value per channel in "
-                f"training, got shape {tuple(input.shape)}"
+                f"{type(self).__name__}: input: expected {self.num_features} channels, in training "
+                f"of more than 1 value, got shape {tuple(input.shape)}"
             )
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
+        return count
+
+    def _by_running(self, input: Tensor) -> Tensor:
+        running = self.running_mean, self.running_var
+        return F.batch_norm(input, *running, self.weight, self.bias, eps=self.eps)
 
     def _follow(self, mean: Tensor, var: Tensor, live: Tensor, count: int) -> None:
         """Move the running statistics; where frozen, towards themselves."""
@@ -135,7 +146,7 @@ class _Freezable(_BatchNorm):
         if share is None:
             share = self.num_batches_tracked.clamp(min=1).to(mean.dtype).reciprocal()
         self.running_mean.lerp_(mean, share)
-        # the factor is none of the running one
+        # a batch's is made unbiased; the running one is, and moves by 0
         self.running_var.lerp_(var * (count / (count - 1)), live.to(var.dtype) * share)
 
     def extra_repr(self) -> str:
@@ -167,6 +178,10 @@ class FreezableBatchNorm2d(_Freezable, nn.BatchNorm2d):
 
     Of an empty batch there is nothing to count: the running statistics and their number stay.
 
+    On the CPU, where the flag is at hand, the kernels are torch's. On a GPU it is read by a dozen
+    small ops on the channels; of passes over the tensor there are one more than torch's, in the
+    backward.
+
     Args:
         As of torch's; ``track_running_stats`` has to be True.
 
@@ -177,7 +192,8 @@ class FreezableBatchNorm2d(_Freezable, nn.BatchNorm2d):
 
     Raises:
         ValueError: ``track_running_stats=False``; in training, an input of one value per channel
-            (frozen or not: the flag is not known there). RuntimeError in a double backward.
+            (frozen or not: the flag is not known there).
+        RuntimeError: in a double backward, but in eager mode on the CPU.
 
     Source: ``torch.nn.BatchNorm2d``; ``freeze_bn_stats`` of ``torch.ao.nn.intrinsic.qat``, where
     the flag is one of Python.
