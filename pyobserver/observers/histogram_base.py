@@ -112,7 +112,7 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
         if enabled is not None:
             on = enabled.reshape(()) != 0
             new_scale = torch.where(on, new_scale, scale)
-            new_zero_point = torch.where(on, new_zero_point, zero_point.long())
+            new_zero_point = torch.where(on, new_zero_point.to(zero_point.dtype), zero_point)
         scale.copy_(new_scale)
         zero_point.copy_(new_zero_point)
 

@@ -25,10 +25,11 @@ def check_qparams(
     quant_max: int,
     mapping: int,
     symmetric_zero_point: int,
+    integers: tuple[torch.dtype, ...] = (torch.int32, torch.int64),
 ) -> None:
+    """integers: the dtypes that may hold an integer zero point."""
     _checks.check_code(op, "mapping", mapping, MAPPINGS)
     _checks.check_state(op, "scale", scale, (torch.float32,))
-    integers = (torch.int32, torch.int64)
     dtypes = (torch.float32,) if mapping == AFFINE_FLOAT else integers
     _checks.check_state(op, "zero_point", zero_point, dtypes, scale.numel())
     _checks.check_state(op, "eps", eps, (torch.float32,), 1)
@@ -64,7 +65,10 @@ def _check(
     _checks.check_enabled(op, enabled)
     others = {"max_val": max_val, "scale": scale, "enabled": enabled}
     _checks.check_same_device(op, min_val, others)
-    check_qparams(op, scale, zero_point, eps, quant_min, quant_max, mapping, symmetric_zero_point)
+    integers = (torch.int32, torch.int64, torch.float32)
+    check_qparams(
+        op, scale, zero_point, eps, quant_min, quant_max, mapping, symmetric_zero_point, integers
+    )
 
 
 def _fused(
@@ -174,7 +178,8 @@ def choose_qparams(
         min_val, max_val: float32, n elements each. A range that was never fed (+inf, -inf) gets
             scale 1 and zero point 0.
         scale: float32, n elements, written.
-        zero_point: int32 or int64 (float32 for ``"affine_float"``), n elements, written.
+        zero_point: int32 or int64 (float32 for ``"affine_float"``), n elements, written; or
+            float32, for one that is learned, which gets the integer.
         eps: float32, one element: the least scale.
         quant_min, quant_max: the integer grid.
         mapping: ``"affine"``: zero is put into the range, the zero point is rounded to the grid.

@@ -125,7 +125,9 @@ PYOBS_HD void write_qparams(float low, float high, int64_t i, const QParamsArgs&
   scales[i] = qparams.scale;
   switch (args.zero_type) {
     case ZeroPointType::float32:
-      static_cast<float*>(zero_points)[i] = qparams.float_zero_point;
+      static_cast<float*>(zero_points)[i] = args.mapping == Mapping::affine_float
+                                                ? qparams.float_zero_point
+                                                : static_cast<float>(qparams.zero_point);
       break;
     case ZeroPointType::int32:
       static_cast<int32_t*>(zero_points)[i] = static_cast<int32_t>(qparams.zero_point);

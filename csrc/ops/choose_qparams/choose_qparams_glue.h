@@ -10,10 +10,11 @@ namespace pyobserver {
 
 constexpr const char* kChooseQParams = "choose_qparams";
 
+// learned: a zero point may be a float that holds an integer.
 inline QParamsArgs parse_qparams(const char* op, const Tensor& x, const Tensor& scale,
                                  const Tensor& zero_point, const Tensor& eps, int64_t quant_min,
                                  int64_t quant_max, int64_t mapping_mode,
-                                 int64_t symmetric_zero_point) {
+                                 int64_t symmetric_zero_point, bool learned = false) {
   check(mapping_mode >= 0 && mapping_mode <= 4, op,
         ": mapping: expected 0 (affine), 1 (symmetric), 2 (affine_float), 3 (fused_affine) or 4 "
         "(fused_symmetric), got ",
@@ -25,8 +26,10 @@ inline QParamsArgs parse_qparams(const char* op, const Tensor& x, const Tensor& 
     check(zero_dtype == ScalarType::Float, op, ": zero_point: expected float32, got ",
           torch::headeronly::toString(zero_dtype));
   } else {
-    check(zero_dtype == ScalarType::Int || zero_dtype == ScalarType::Long, op,
-          ": zero_point: expected int32 or int64, got ", torch::headeronly::toString(zero_dtype));
+    check(zero_dtype == ScalarType::Int || zero_dtype == ScalarType::Long ||
+              (learned && zero_dtype == ScalarType::Float),
+          op, ": zero_point: expected int32", learned ? ", int64 or float32" : " or int64",
+          ", got ", torch::headeronly::toString(zero_dtype));
   }
   check_state(op, "zero_point", zero_point, x, zero_dtype);
   check_state(op, "eps", eps, x, ScalarType::Float);
@@ -50,7 +53,7 @@ inline QParamsArgs parse_choose_qparams(const Tensor& min_val, const Tensor& max
   check_state(kChooseQParams, "max_val", max_val, min_val, ScalarType::Float);
   check_numel(kChooseQParams, "max_val", max_val, count);
   const QParamsArgs args = parse_qparams(kChooseQParams, min_val, scale, zero_point, eps, quant_min,
-                                         quant_max, mapping, symmetric_zero_point);
+                                         quant_max, mapping, symmetric_zero_point, true);
   check_numel(kChooseQParams, "scale", scale, count);
   check_numel(kChooseQParams, "zero_point", zero_point, count);
   return args;
