@@ -31,13 +31,19 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
   const auto grid_of = [&](bool float_zero_point) {
     return quant_grid(dtype, args.quant_min, args.quant_max, per_group, float_zero_point);
   };
-  Scratch<int32_t> rounded(args.rounds_zero_point && n > 0 ? layout.groups : 0);
-  if (args.rounds_zero_point && n > 0) {
+  const bool rounds = args.rounds_zero_point && !off && n > 0;
+  Scratch<int32_t> rounded(rounds ? layout.groups : 0);
+  Scratch<float> usable(rounds ? layout.groups : 0);
+  if (rounds) {
     const float* zero_points = const_data<float>(args.zero_point);
-    check_learned_values(op, params.scale, zero_points, layout.groups);
+    if (args.least_scale == 0.0f) {
+      check_learned_values(op, params.scale, zero_points, layout.groups);
+    }
     for (int64_t i = 0; i < layout.groups; ++i) {
       rounded[i] = rounded_zero_point(zero_points[i], grid_of(false));
+      usable[i] = usable_scale(params.scale[i], zero_points[i], args.least_scale);
     }
+    params.scale = usable.data();
     params.zero_point = rounded.data();
     params.type = ZeroPointType::int32;
   } else if (!off && n > 0) {  // what is switched off may hold any scale

@@ -31,7 +31,8 @@ struct DeviceParams {
   const float* scale;
   const void* zero_point;
   ZeroPointType type;
-  bool rounds;  // a float zero point, to an integer of the grid
+  bool rounds;        // a float zero point, to an integer of the grid
+  float least_scale;  // with that: see usable_scale
   DeviceSwitch enabled;
 };
 
@@ -44,9 +45,10 @@ struct GroupParams {
 template <class Zero>
 PYOBS_DEVICE GroupParams<Zero> load_params(const DeviceParams& params, int64_t group,
                                            const QuantGrid& grid) {
-  const float scale = params.scale[group];
+  float scale = params.scale[group];
   Zero zero_point = read_zero_point<Zero>(params.zero_point, params.type, group);
   if (params.rounds) {
+    scale = usable_scale(scale, static_cast<float>(zero_point), params.least_scale);
     zero_point = static_cast<Zero>(rounded_zero_point(static_cast<float>(zero_point), grid));
   }
   return {scale, 1.0f / scale, zero_point};
@@ -318,8 +320,12 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
     return y;
   }
   const DividedLayout layout = divided_layout(op, walk);
-  const DeviceParams params = {const_data<float>(args.scale), args.zero_point.const_data_ptr(),
-                               zero_point_type(args.zero_point), args.rounds_zero_point, enabled};
+  const DeviceParams params = {const_data<float>(args.scale),
+                               args.zero_point.const_data_ptr(),
+                               zero_point_type(args.zero_point),
+                               args.rounds_zero_point,
+                               args.least_scale,
+                               enabled};
   const bool per_group = args.grouping.axis >= 0 || args.grouping.block_size != nullptr;
   const QuantGrid grid = quant_grid(dtype, args.quant_min, args.quant_max, per_group,
                                     params.type == ZeroPointType::float32 && !params.rounds);

@@ -87,6 +87,18 @@ PYOBS_HD int32_t rounded_zero_point(float zero_point, const QuantGrid& grid) {
   return static_cast<int32_t>(rounded < grid.quant_max ? rounded : grid.quant_max);
 }
 
+// The scale that a learned one stands for: at least `least` and finite; NaN where it or its zero
+// point is. As it is where `least` is 0.
+PYOBS_HD float usable_scale(float scale, float zero_point, float least) {
+  constexpr float kMost = 3.402823466e38f;
+  if (least == 0.0f) {
+    return scale;
+  }
+  const float bounded = scale < least ? least : scale;  // a NaN passes
+  const float finite = bounded > kMost ? kMost : bounded;
+  return zero_point == zero_point ? finite : zero_point;
+}
+
 // Element i of a piece has the scale and zero point base + (i / inner) % channels.
 struct ChannelParams {
   const float* scale;

@@ -121,6 +121,7 @@ struct FakeQuantizeArgs {
   const Tensor* out;
   uint8_t* mask;
   bool rounds_zero_point = false;  // a float one, to an integer of the grid
+  float least_scale = 0.0f;        // with that: see usable_scale
 };
 
 // Each of the two libraries has its own.

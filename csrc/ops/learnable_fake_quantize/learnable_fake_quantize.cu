@@ -143,25 +143,41 @@ PYOBS_DEVICE Element<T> load_element(const LearnedBackward& args, const Places& 
 
 template <class T>
 PYOBS_DEVICE LearnedSums quantize_gradient(const LearnedBackward& args, const Element<T>& element,
-                                           const LearnedParams& params) {
+                                           const LearnedParams& params, bool off) {
+  if (off) {
+    static_cast<T*>(args.grad_x)[element.place] = element.grad;
+    return {0.0, 0.0};
+  }
   const auto found = learned_grads(widen_fast(element.x), widen_fast(element.grad), params,
                                    args.grid, args.grad_factor);
   narrow_fast(found.x, &static_cast<T*>(args.grad_x)[element.place]);
   return {static_cast<double>(found.scale), static_cast<double>(found.zero_point)};
 }
 
-PYOBS_DEVICE void write(const LearnedBackward& args, int64_t group, int64_t chunk,
-                        const LearnedSums& sums) {
+// As they lie on the device.
+struct Switches {
+  DeviceSwitch enabled, held;
+};
+
+PYOBS_DEVICE void write_group(const LearnedBackward& args, const Switches& switches, int64_t group,
+                              const LearnedSums& sums) {
+  const bool held = switches.held.flag != nullptr && !is_off(switches.held);
+  args.grad_scale[group] = held ? 0.0f : static_cast<float>(sums.scale);
+  args.grad_zero_point[group] = held ? 0.0f : static_cast<float>(sums.zero_point);
+}
+
+PYOBS_DEVICE void write(const LearnedBackward& args, const Switches& switches, int64_t group,
+                        int64_t chunk, const LearnedSums& sums) {
   if (args.walk.chunks > 1) {
     args.sums[group * args.walk.chunks + chunk] = sums;
   } else {
-    args.grad_scale[group] = static_cast<float>(sums.scale);
-    args.grad_zero_point[group] = static_cast<float>(sums.zero_point);
+    write_group(args, switches, group, sums);
   }
 }
 
 // What the last block does. finished: how many blocks are through.
-PYOBS_DEVICE void finish(const LearnedBackward& args, unsigned* finished) {
+PYOBS_DEVICE void finish(const LearnedBackward& args, const Switches& switches,
+                         unsigned* finished) {
   if (args.walk.chunks == 1 || !is_last_block(finished, gridDim.x)) {
     return;
   }
@@ -173,8 +189,7 @@ PYOBS_DEVICE void finish(const LearnedBackward& args, unsigned* finished) {
         [&](int64_t k) { return LearnedSums{__ldcg(&sums[k].scale), __ldcg(&sums[k].zero_point)}; },
         [](const LearnedSums& chunk) { return chunk; });
     if (lane == 0) {
-      args.grad_scale[group] = static_cast<float>(total.scale);
-      args.grad_zero_point[group] = static_cast<float>(total.zero_point);
+      write_group(args, switches, group, total);
     }
   }
 }
@@ -182,11 +197,13 @@ PYOBS_DEVICE void finish(const LearnedBackward& args, unsigned* finished) {
 // width: threads of a chunk, a power of two.
 template <class T, class Members>
 __global__ void __launch_bounds__(kThreads)
-    long_kernel(LearnedBackward args, Members members, int width, unsigned* finished) {
+    long_kernel(LearnedBackward args, Switches switches, Members members, int width,
+                unsigned* finished) {
   constexpr bool kNear = std::is_same<Members, NearMembers>::value;
   const GroupWalk& walk = args.walk;
   const int64_t units = walk.groups * walk.chunks;
   const int lane = threadIdx.x % width;
+  const bool off = is_off(switches.enabled);
   const int64_t step = threads_of_grid() / width;
   // the units of a warp, so that all its lanes come to every shuffle
   for (int64_t of_warp = thread_of_grid() / kWarp * (kWarp / width); of_warp < units;
@@ -196,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t group = valid ? unit / walk.chunks : 0;
     const int64_t chunk = valid ? unit - group * walk.chunks : 0;
     const LearnedParams params =
-        learned_params(args.scale[group], args.zero_point[group], args.grid);
+        learned_params(args.scale[group], args.zero_point[group], args.grid, args.least_scale);
     const int64_t begin = chunk * walk.chunk;
     const int64_t most = begin + walk.chunk < walk.members ? begin + walk.chunk : walk.members;
     const typename PlacesOf<Members>::type places(walk, members, first_of_group(walk, group),
@@ -204,25 +221,26 @@ __global__ void __launch_bounds__(kThreads)
     const LearnedSums sums = sum_lanes<kNear>(
         width, lane, begin, valid ? most : begin,
         [&](int64_t e) { return load_element<T>(args, places, e); },
-        [&](const Element<T>& element) { return quantize_gradient(args, element, params); });
+        [&](const Element<T>& element) { return quantize_gradient(args, element, params, off); });
     if (valid && lane == 0) {
-      write(args, group, chunk, sums);
+      write(args, switches, group, chunk, sums);
     }
   }
-  finish(args, finished);
+  finish(args, switches, finished);
 }
 
 template <class T, class Members>
 __global__ void __launch_bounds__(kThreads)
-    short_kernel(LearnedBackward args, Members members, unsigned* finished) {
+    short_kernel(LearnedBackward args, Switches switches, Members members, unsigned* finished) {
   constexpr int kAtOnce = std::is_same<Members, NearMembers>::value ? kFlight : 1;
   const GroupWalk& walk = args.walk;
   const int64_t units = walk.groups * walk.chunks;
+  const bool off = is_off(switches.enabled);
   for (int64_t unit = thread_of_grid(); unit < units; unit += threads_of_grid()) {
     const int64_t chunk = unit / walk.groups;
     const int64_t group = unit - chunk * walk.groups;
     const LearnedParams params =
-        learned_params(args.scale[group], args.zero_point[group], args.grid);
+        learned_params(args.scale[group], args.zero_point[group], args.grid, args.least_scale);
     const int64_t begin = chunk * walk.chunk;
     const int64_t end = begin + walk.chunk < walk.members ? begin + walk.chunk : walk.members;
     const typename PlacesOf<Members>::type places(walk, members, first_of_group(walk, group),
@@ -237,13 +255,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int s = 0; s < kAtOnce; ++s) {
         if (row + s < end) {
-          sums = plus(sums, quantize_gradient(args, elements[s], params));
+          sums = plus(sums, quantize_gradient(args, elements[s], params, off));
         }
       }
     }
-    write(args, group, chunk, sums);
+    write(args, switches, group, chunk, sums);
   }
-  finish(args, finished);
+  finish(args, switches, finished);
 }
 
 // Threads of a chunk: a warp, or so many that a group's elements are at most kFlight of each.
@@ -267,6 +285,8 @@ void learnable_backward(DType dtype, const LearnableArgs& args, const Layout& la
                         const LearnableGrads& grads) {
   LearnedBackward call = learned_args(dtype, args, layout, grads);
   const GroupWalk& walk = call.walk;
+  const Switches switches = {device_switch(kLearnableBackward, "enabled", args.enabled, args.x),
+                             device_switch(kLearnableBackward, "held", args.held, args.x)};
   const CudaContext cuda(kLearnableBackward, args.x);
   const int64_t chunks = walk.groups * walk.chunks;
   std::optional<DeviceScratch> scratch;
@@ -286,9 +306,11 @@ void learnable_backward(DType dtype, const LearnableArgs& args, const Layout& la
     const auto launch = [&](const auto& members) {
       using Members = typename std::decay<decltype(members)>::type;
       if (walk.short_runs) {
-        cuda.launch(short_kernel<T, Members>, blocks, kThreads, 0, call, members, finished);
+        cuda.launch(short_kernel<T, Members>, blocks, kThreads, 0, call, switches, members,
+                    finished);
       } else {
-        cuda.launch(long_kernel<T, Members>, blocks, kThreads, 0, call, members, width, finished);
+        cuda.launch(long_kernel<T, Members>, blocks, kThreads, 0, call, switches, members, width,
+                    finished);
       }
     };
     if (layout.dense && walk.own_count <= 2) {

@@ -62,7 +62,9 @@ struct LearnedParams {
   float scale, inverse_scale, zero_point, low_slope, high_slope;
 };
 
-PYOBS_HD LearnedParams learned_params(float scale, float zero_point, const QuantGrid& grid) {
+PYOBS_HD LearnedParams learned_params(float learned_scale, float zero_point, const QuantGrid& grid,
+                                      float least_scale) {
+  const float scale = usable_scale(learned_scale, zero_point, least_scale);
   const float zero = static_cast<float>(rounded_zero_point(zero_point, grid));
   return {scale, 1.0f / scale, zero, static_cast<float>(grid.quant_min) - zero,
           static_cast<float>(grid.quant_max) - zero};
@@ -98,7 +100,7 @@ struct LearnedBackward {
   const void *grad, *x;  // x from its first element; grad and grad_x lie in the order of the walk
   void* grad_x;
   const float *scale, *zero_point;
-  float grad_factor;
+  float grad_factor, least_scale;
   float *grad_scale, *grad_zero_point;
   LearnedSums* sums;  // of the chunks of a group in a row; unused where a group has one
   QuantGrid grid;

@@ -1,6 +1,7 @@
 // What the glue of learnable_fake_quantize shares, on the CPU and on CUDA.
 #pragma once
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -52,14 +53,22 @@ inline GroupWalk group_walk(const char* op, const Layout& layout) {
   return walk;
 }
 
+inline void check_least_scale(const char* op, double least_scale) {
+  check(least_scale >= 0.0 && static_cast<float>(least_scale) <= 3.4028234e38f, op,
+        ": least_scale: expected 0 or a positive number, got ", least_scale);
+}
+
 inline Tensor learnable(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                         int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
-                        std::optional<std::vector<int64_t>> block_size) {
+                        std::optional<std::vector<int64_t>> block_size,
+                        std::optional<Tensor> enabled, double least_scale) {
   const Grouping grouping = parse_grouping(kLearnable, x, axis, block_size);
   check_state(kLearnable, "zero_point", zero_point, x, ScalarType::Float);
-  FakeQuantizeArgs args = {x,        scale,        zero_point, quant_min, quant_max,
-                           grouping, std::nullopt, nullptr,    nullptr};
+  check_least_scale(kLearnable, least_scale);
+  FakeQuantizeArgs args = {x,        scale,   zero_point, quant_min, quant_max,
+                           grouping, enabled, nullptr,    nullptr};
   args.rounds_zero_point = true;
+  args.least_scale = static_cast<float>(least_scale);
   return fake_quantize_forward(kLearnable, args);
 }
 
@@ -67,7 +76,8 @@ inline Tensor learnable(const Tensor& x, const Tensor& scale, const Tensor& zero
 struct LearnableArgs {
   const Tensor &grad, &x, &scale, &zero_point;
   int64_t quant_min, quant_max;
-  double grad_factor;
+  double grad_factor, least_scale;
+  const std::optional<Tensor>&enabled, &held;
 };
 using LearnableGrads = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -85,6 +95,7 @@ inline LearnedBackward learned_args(DType dtype, const LearnableArgs& args, cons
   call.scale = const_data<float>(args.scale);
   call.zero_point = const_data<float>(args.zero_point);
   call.grad_factor = static_cast<float>(args.grad_factor);
+  call.least_scale = static_cast<float>(args.least_scale);
   call.grad_scale = mutable_data<float>(std::get<1>(grads));
   call.grad_zero_point = mutable_data<float>(std::get<2>(grads));
   call.grid = quant_grid(dtype, args.quant_min, args.quant_max, false, false);
@@ -93,16 +104,41 @@ inline LearnedBackward learned_args(DType dtype, const LearnableArgs& args, cons
   return call;
 }
 
-inline LearnableGrads learnable_backward_op(const Tensor& grad, const Tensor& x,
-                                            const Tensor& scale, const Tensor& zero_point,
-                                            int64_t quant_min, int64_t quant_max,
-                                            double grad_factor, std::optional<int64_t> axis,
-                                            std::optional<std::vector<int64_t>> block_size) {
+// What the factor is divided by: nothing, or the square root of the number of elements of a scale,
+// in all or in a sample.
+enum class Normalization { none, elements, features };
+
+inline double normalized(double grad_factor, Normalization normalization, const Tensor& x,
+                         int64_t groups, const Grouping& grouping) {
+  if (normalization == Normalization::none || x.numel() == 0) {
+    return grad_factor;
+  }
+  int64_t count = x.numel() / groups;
+  if (normalization == Normalization::features && x.dim() > 0) {
+    if (grouping.block_size != nullptr) {
+      count /= (*grouping.block_size)[0];
+    } else if (grouping.axis != 0) {
+      count /= x.size(0);
+    }
+  }
+  return grad_factor / std::sqrt(static_cast<double>(count));
+}
+
+inline LearnableGrads learnable_backward_op(
+    const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+    int64_t quant_min, int64_t quant_max, double grad_factor, std::optional<int64_t> axis,
+    std::optional<std::vector<int64_t>> block_size, std::optional<Tensor> enabled,
+    std::optional<Tensor> held, double least_scale, int64_t normalize) {
   const char* op = kLearnableBackward;
   const DType dtype = input_dtype(op, "x", x);
   const Grouping grouping = parse_grouping(op, x, axis, block_size);
   check_state(op, "zero_point", zero_point, x, ScalarType::Float);
   check_grid_params(op, x, scale, zero_point, quant_min, quant_max, grouping);
+  check_switch(op, "enabled", enabled, x);
+  check_switch(op, "held", held, x);
+  check_least_scale(op, least_scale);
+  check(normalize >= 0 && normalize <= 2, op,
+        ": normalize: expected 0 (none), 1 (elements) or 2 (features), got ", normalize);
   const Layout layout = Layout::of_output(x, grouping);
   const bool dense = layout.dense && x.numel() > 0;
   check(dtype_of(grad) == dtype_of(x) && on_one_device(grad, x) && grad.sizes() == x.sizes() &&
@@ -116,8 +152,12 @@ inline LearnableGrads learnable_backward_op(const Tensor& grad, const Tensor& x,
     torch::stable::zero_(const_cast<Tensor&>(std::get<1>(grads)));
     torch::stable::zero_(const_cast<Tensor&>(std::get<2>(grads)));
   } else {
-    learnable_backward(dtype, {grad, x, scale, zero_point, quant_min, quant_max, grad_factor},
-                       layout, grads);
+    const double factor =
+        normalized(grad_factor, static_cast<Normalization>(normalize), x, layout.groups, grouping);
+    learnable_backward(
+        dtype,
+        {grad, x, scale, zero_point, quant_min, quant_max, factor, least_scale, enabled, held},
+        layout, grads);
   }
   return grads;
 }

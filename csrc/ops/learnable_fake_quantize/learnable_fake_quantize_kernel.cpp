@@ -60,7 +60,7 @@ PYOBS_HD int64_t lanes_of(int64_t count) {
 PYOBS_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 PYOBS_HD LearnedParams params_of(const LearnedBackward& args, int64_t group) {
-  return learned_params(args.scale[group], args.zero_point[group], args.grid);
+  return learned_params(args.scale[group], args.zero_point[group], args.grid, args.least_scale);
 }
 
 PYOBS_HD void write(const LearnedBackward& args, int64_t group, int64_t chunk, LearnedSums sums) {
