@@ -258,6 +258,8 @@ class _Learnable(torch.autograd.Function):
     ) -> Tensor:
         y = _op(x, scale, zero_point, quant_min, quant_max, axis, block_size, enabled, least_scale)
         if held is not None:
+            if held.dtype != torch.uint8 or held.numel() != 1:  # the forward's kernel sees it not
+                _check_held(_OP, x, held)
             # what writes the scale may do so again before the backward, and switches turn
             scale, zero_point, held = scale.clone(), zero_point.clone(), held.clone()
         if enabled is not None:

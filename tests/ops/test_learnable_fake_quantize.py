@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from .cases import (
     DTYPES,
     LAYOUTS,
     REJECTED_BLOCKS,
+    REJECTED_SWITCHES,
     SHAPE,
     SIZES,
     assert_all_same,
@@ -401,6 +403,200 @@ def test_one_launch_each_way(index: int) -> None:
         ON_HOST.op("_learnable_fake_quantize_backward")(grad, *given, *GRID, **options)
 
 
+# x, its groups: long runs and short ones, of one chunk and of several
+GROUPED: list[tuple[tuple[int, ...], Options]] = [
+    ((3, 5, 7), {}),
+    ((9, 1031), {"axis": 0}),
+    ((1100, 3), {"axis": 1}),
+    ((40, 12), {"block_size": (20, 3)}),
+    ((2, 9000), {"block_size": (2, 4500)}),
+]
+EACH_GROUPING = pytest.mark.parametrize(("shape", "options"), GROUPED, ids=str)
+
+
+def grads_of(
+    backend: Backend,
+    shape: tuple[int, ...],
+    options: Options,
+    quantizer: Sequence[Tensor] | None = None,
+    **more: Any,
+) -> tuple[Tensor, ...]:
+    """The three gradients, of float32."""
+    x, grad = cut_case(shape, torch.float32)
+    quantizer = qparams(groups_of(x, options)) if quantizer is None else quantizer
+    given = [t.to(backend.device) for t in (grad, x, *quantizer)]
+    more = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in more.items()}
+    op = backend.op("_learnable_fake_quantize_backward")
+    return op(*given, *GRID, more.pop("factor", FACTOR), **options, **more)
+
+
+@pytest.mark.parametrize("flag_dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+@EACH_GROUPING
+def test_enabled(
+    backend: Backend, shape: tuple[int, ...], options: Options, flag_dtype: torch.dtype
+) -> None:
+    """Off, values and gradients pass as they are, whatever the scale."""
+    x, grad = cut_case(shape, torch.float32)
+    quantizer = qparams(groups_of(x, options))
+    off, on = torch.zeros(1, dtype=flag_dtype), torch.ones(1, dtype=flag_dtype)
+    unusable = torch.full_like(quantizer[0], torch.nan), quantizer[1]
+    for scale, zero_point in (quantizer, unusable):
+        given = [t.to(backend.device) for t in (x, scale, zero_point)]
+        call = backend.op("_learnable_fake_quantize")
+        with backend.asked(launches=1):
+            y = call(*given, *GRID, **options, enabled=off.to(backend.device))
+        assert_same(y, x)
+        found = grads_of(backend, shape, options, (scale, zero_point), enabled=off)
+        zeros = torch.zeros_like(scale)
+        assert_all_same(found, (grad, zeros, zeros))
+    expected = grads_of(backend, shape, options)
+    assert_all_same(grads_of(backend, shape, options, enabled=on), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_off_keeps_every_bit(backend: Backend, dtype: torch.dtype) -> None:
+    x = laid_out("transposed", dtype, backend.device)
+    x[0, 0, 0, 0], x[1, 1, 1, 1] = torch.nan, -torch.inf
+    given = [t.to(backend.device) for t in (x, *qparams((1,)))]
+    off = torch.zeros(1, dtype=torch.uint8, device=backend.device)
+    y = backend.op("_learnable_fake_quantize")(*given, *GRID, enabled=off)
+    grad_x = backend.op("_learnable_fake_quantize_backward")(x, *given, *GRID, enabled=off)[0]
+    for found in (y, grad_x):
+        assert_same(found, x)
+        assert found.stride() == x.stride()
+
+
+@EACH_GROUPING
+def test_held(backend: Backend, shape: tuple[int, ...], options: Options) -> None:
+    """The gradient of x alone, also where the others are not finite."""
+    held, free = torch.ones(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    expected = grads_of(backend, shape, options)
+    assert_all_same(grads_of(backend, shape, options, held=free), expected)
+    zeros = torch.zeros_like(expected[1])
+    for factor in (FACTOR, torch.inf):
+        found = grads_of(backend, shape, options, held=held, factor=factor)
+        assert_all_same(found, (expected[0], zeros, zeros))
+
+
+LEARNED_SCALES = [0.5, 1e-9, 0.0, -0.0, -3.0, torch.inf, -torch.inf, 0.25]
+
+
+def test_least_scale(backend: Backend) -> None:
+    """A scale that is learned is used as at least that, and finite."""
+    scale = torch.tensor(LEARNED_SCALES)
+    usable = scale.clamp(1e-3, torch.finfo(torch.float32).max)
+    zero_point = qparams(scale.shape)[1]
+    options = {"axis": 0}
+    shape = (len(scale), 1031)
+    x = cut_case(shape, torch.float32)[0].to(backend.device)
+    for given, least in ((scale, 1e-3), (usable, 0.0)):
+        y = backend.op("_learnable_fake_quantize")(
+            x, given.to(backend.device), zero_point.to(backend.device), *GRID, 0, least_scale=least
+        )
+        grads = grads_of(backend, shape, options, (given, zero_point), least_scale=least)
+        if least:
+            found = (y, *grads)
+        else:
+            assert_all_same(found, (y, *grads))
+
+
+def test_least_scale_per_tensor(backend: Backend) -> None:
+    x = cut_case((3, 5, 7), torch.float32)[0].to(backend.device)
+    for learned in LEARNED_SCALES:
+        scale = torch.tensor([learned])
+        expected, found = (
+            backend.op("_learnable_fake_quantize")(
+                x, s.to(backend.device), torch.ones(1, device=backend.device), *GRID, **least
+            )
+            for s, least in (
+                (scale.clamp(1e-3, torch.finfo(torch.float32).max), {}),
+                (scale, {"least_scale": 1e-3}),
+            )
+        )
+        assert_same(found, expected)
+
+
+def test_a_learned_nan_shows(backend: Backend) -> None:
+    """In the values of its group alone; no error, as the loss says it all."""
+    scale = torch.tensor([0.5, torch.nan, 0.5])
+    zero_point = torch.tensor([1.0, 1.0, torch.nan])
+    given = [t.to(backend.device) for t in (sample((3, 50)), scale, zero_point)]
+    y = backend.op("_learnable_fake_quantize")(*given, *GRID, 0, least_scale=1e-3)
+    assert y.isnan().all(1).tolist() == y.isnan().any(1).tolist() == [False, True, True]
+
+
+NORMALIZED: list[tuple[tuple[int, ...], Options, int, int]] = [
+    # elements of a scale, and those of them in a sample
+    ((6, 5, 7), {}, 210, 35),
+    ((6, 5, 7), {"axis": 1}, 42, 7),
+    ((6, 5, 7), {"axis": -2}, 42, 7),
+    ((6, 5, 7), {"axis": 0}, 35, 35),
+    ((6, 5, 7), {"axis": -3}, 35, 35),
+    ((6, 5, 8), {"block_size": (3, 5, 2)}, 30, 10),
+    ((40,), {"axis": 0}, 1, 1),
+    ((40,), {}, 40, 1),
+]
+
+
+@pytest.mark.parametrize(("shape", "options", "elements", "features"), NORMALIZED, ids=str)
+def test_normalize(
+    backend: Backend, shape: tuple[int, ...], options: Options, elements: int, features: int
+) -> None:
+    """LSQ's gradient scale, for the grid of 7 steps."""
+    counts = {"none": 1, "elements": elements, "features": features}
+    for code, count in enumerate(counts.values()):
+        expected = grads_of(backend, shape, options, factor=1 / math.sqrt(count * 7))
+        found = grads_of(backend, shape, options, factor=7**-0.5, normalize=code)
+        assert_same(found[0], expected[0])
+        for one, other in zip(found[1:], expected[1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-7, atol=0)
+    x = torch.zeros((), device=backend.device)
+    given = [t.to(backend.device) for t in (x, x + 9, *qparams((1,)))]
+    given[0] += 1
+    for code in range(3):  # of no dimensions
+        grads = backend.op("_learnable_fake_quantize_backward")(*given, *GRID, normalize=code)
+        assert grads[1].item() == GRID[1] - 2
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_is_held_may_be_written_before_the_backward(backend: Backend, entry: str) -> None:
+    """The gradient is of the scale and the switches of the forward."""
+
+    def call(write: bool) -> list[Tensor]:
+        given = [t.to(backend.device).requires_grad_() for t in (sample(99), *qparams((1,)))]
+        enabled, held = (
+            torch.full((1,), i, dtype=torch.uint8, device=backend.device) for i in (1, 0)
+        )
+        y = ENTRIES[entry](*given, *GRID, enabled=enabled, held=held)
+        if write:
+            with torch.no_grad():
+                given[1].fill_(5)
+                given[2].fill_(3)
+                enabled.fill_(0)
+                held.fill_(1)
+        return list(torch.autograd.grad(y.square().sum(), given))
+
+    assert_all_same(call(True), call(False))
+
+
+def test_function_passes_its_options_on(backend: Backend) -> None:
+    x, scale, zero_point = sample((6, 5)), torch.tensor([-1.0]), torch.zeros(1)
+    one = torch.ones(1, dtype=torch.uint8)
+    more = {"least_scale": 0.25, "enabled": one, "held": 1 - one}
+    given = [t.to(backend.device).requires_grad_() for t in (x, scale, zero_point)]
+    more = {k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in more.items()}
+    for code, normalize in enumerate(("none", "elements", "features")):
+        y = ops.learnable_fake_quantize(*given, *GRID, grad_factor=0.5, normalize=normalize, **more)
+        weight = torch.ones_like(y)
+        found = torch.autograd.grad(y, given, weight)
+        with torch.no_grad():
+            assert_same(y, backend.op("_learnable_fake_quantize")(*given, *GRID, least_scale=0.25))
+            expected = backend.op("_learnable_fake_quantize_backward")(
+                weight, *given, *GRID, 0.5, least_scale=0.25, normalize=code
+            )
+        assert_all_same(found, expected)
+
+
 def arguments(**changed: Any) -> dict[str, Any]:
     given = {
         "x": sample((2, 3)),
@@ -448,6 +644,8 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "axis": ({"axis": 2}, ValueError, r"axis: expected .*\[-2, 1\].* got 2"),
     "no_axis": ({"axis": None}, ValueError, r"scale: expected 1 element, got shape \(3,\)"),
     **REJECTED_BLOCKS,
+    **REJECTED_SWITCHES,
+    "least_scale": ({"least_scale": -1.0}, ValueError, "least_scale: expected 0 or .*, got -1.0"),
     "block_shape": (
         {"axis": None, "block_size": [1, 1]},
         ValueError,
@@ -495,6 +693,24 @@ def test_rejects_a_gradient_of_another_layout(backend: Backend, name: str) -> No
         assert_rejected(backend.op("_learnable_fake_quantize_backward"), given, Exception, "grad")
 
 
+HELD_REJECTED: dict[str, tuple[Any, type[Exception], str]] = {
+    "held": (torch.ones(1), TypeError, "held: expected torch.uint8 .*, got torch.float32"),
+    "normalize": ("mean", ValueError, "normalize: expected one of none, .*, got 'mean'"),
+}
+
+
+@pytest.mark.parametrize("name", HELD_REJECTED)
+def test_rejects_what_the_backward_takes(backend: Backend, name: str) -> None:
+    value, error, match = HELD_REJECTED[name]
+    given = arguments(**{name: value})
+    given["x"].requires_grad_()
+    expected = f"^learnable_fake_quantize: {match}"
+    assert_rejected(ops.learnable_fake_quantize, given, error, expected)
+    if not backend.cuda:
+        given = arguments(grad=torch.zeros(2, 3), **{name: 3 if name == "normalize" else value})
+        assert_rejected(backend.op("_learnable_fake_quantize_backward"), given, Exception, name)
+
+
 def test_rejects_other_inputs() -> None:
     for x, came in not_dense_real_float().values():
         expected = f"^learnable_fake_quantize: x: expected a dense tensor of float32, .*, {came}"
@@ -534,6 +750,9 @@ def test_opcheck() -> None:
             opcheck("_learnable_fake_quantize", x, *qparams((x.shape[1],)), *GRID, 1)
             leaves = [t.clone().requires_grad_() for t in (x, *qparams((x.shape[1],)))]
             opcheck("learnable_fake_quantize", *leaves, *GRID, 1, FACTOR)
+            flag = torch.ones(1, dtype=torch.uint8)
+            switches = None, flag, 1 - flag, 1e-7, 2
+            opcheck("learnable_fake_quantize", *leaves, *GRID, 1, FACTOR, *switches)
 
 
 def test_a_batch_with_values_that_are_not_finite(backend: Backend) -> None:

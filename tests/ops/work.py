@@ -266,6 +266,16 @@ def learnable_fake_quantize(layout: str) -> Work:
             y = op("_learnable_fake_quantize")(*given, **option)
             found.append(y)
             found += op("_learnable_fake_quantize_backward")(y, *given, 0.1, **option)
+            # scales that are none, learned all the same, and what is switched off or held
+            learned = (x, scale - 0.3, zero + 0.25, -8, 7)
+            option["least_scale"] = 1e-3
+            found.append(op("_learnable_fake_quantize")(*learned, **option))
+            switches = torch.zeros(2, dtype=torch.uint8, device=x.device)
+            switches[1] = 1
+            off, on = switches.split(1)
+            for more in ({"normalize": 2}, {"enabled": off}, {"held": on}):
+                backward = op("_learnable_fake_quantize_backward")
+                found += backward(y, *learned, 0.1, **option, **more)
         return found
 
     return run
