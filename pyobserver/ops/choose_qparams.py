@@ -123,7 +123,7 @@ def reference(
     if mapping in (FUSED_AFFINE, FUSED_SYMMETRIC):
         symmetric = mapping == FUSED_SYMMETRIC
         new_scale, new_zero = _fused(low, high, quant_min, quant_max, symmetric)
-        new_zero = new_zero.to(zero_point.dtype)
+        new_zero = new_zero.long().to(zero_point.dtype)
     elif mapping == SYMMETRIC:
         bound = torch.maximum(-low.clamp(max=0.0), high.clamp(min=0.0))
         new_scale = torch.maximum(bound / (steps / 2), eps)

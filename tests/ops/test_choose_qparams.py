@@ -97,8 +97,9 @@ def test_is_that_of_torch(
     found = run(backend, low, high, *grid, mapping, eps=eps)
     assert_all_same(found, (scale, zero_point.to(found[1].dtype)))
     if mapping != "affine_float":
-        narrow = run(backend, low, high, *grid, mapping, eps=eps, zero_dtype=torch.int32)
-        assert_all_same(narrow, (scale, zero_point.int()))
+        for dtype in (torch.int32, torch.float32):  # float32: one that is learned
+            other = run(backend, low, high, *grid, mapping, eps=eps, zero_dtype=dtype)
+            assert_all_same(other, (scale, zero_point.to(dtype)), dtype)
 
 
 # torch divides by zero on a grid of two symmetric levels
@@ -113,7 +114,7 @@ def test_is_that_of_the_fused_kernel(backend: Backend, mapping: str, grid: tuple
         torch.zeros(low.numel(), 1), off, on, low.clone(), high.clone(), scale, zero_point,
         0.01, *grid, 0, True, mapping == "fused_symmetric",
     )  # fmt: skip
-    for dtype in (torch.int32, torch.int64):
+    for dtype in (torch.int32, torch.int64, torch.float32):
         found = run(backend, low, high, *grid, mapping, zero_dtype=dtype)
         assert_all_same(found, (scale, zero_point.to(dtype)), dtype)
 
@@ -250,9 +251,9 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "min_val: expected torch.float32, got torch.float16",
     ),
     "zero_dtype": (
-        {"zero_point": torch.zeros(3)},
+        {"zero_point": torch.zeros(3, dtype=torch.int16)},
         TypeError,
-        "zero_point: expected torch.int32 or torch.int64, got torch.float32",
+        "zero_point: expected torch.int32 or torch.int64 or torch.float32, got torch.int16",
     ),
     "float_zero_dtype": (
         {"mapping": "affine_float"},
