@@ -16,7 +16,6 @@ from .observers import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
-    PerBlockLogHistogramObserver,
     PerChannelMinMaxObserver,
     UniformQuantizationObserverBase,
     default_fixed_qparams_range_0to1_observer,
@@ -133,6 +132,7 @@ class FakeQuantize(FakeQuantizeBase):
     scale: Tensor
     zero_point: Tensor
     _observes_in_one_call = True
+    _serves_blocks = False
     _mapping: str | None = None  # of scale and zero point; None: the observer's
 
     def __init__(
@@ -155,7 +155,8 @@ class FakeQuantize(FakeQuantizeBase):
             observer_kwargs["is_dynamic"] = True
         self.activation_post_process = observer(**observer_kwargs)
         watcher = self.activation_post_process
-        if isinstance(watcher, PerBlockLogHistogramObserver) or not hasattr(watcher, "qscheme"):
+        served = self._serves_blocks or not hasattr(watcher, "block_size")
+        if not served or not hasattr(watcher, "qscheme"):
             raise TypeError(
                 f"{type(self).__name__}: observer: expected one of a scale per tensor or channel, "
                 f"got {type(watcher).__name__}"
@@ -223,15 +224,17 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _choose_qparams(self, watcher: Any) -> None:
         if isinstance(watcher, UniformQuantizationObserverBase):
-            self._resize(watcher.min_val.numel())
+            self._resize(watcher.min_val)
             watcher.write_qparams(self.scale, self.zero_point, self.observer_enabled)
         else:
             scale, zero_point = watcher.calculate_qparams()
-            self._resize(scale.numel())
+            self._resize(scale)
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
 
-    def _resize(self, size: int) -> None:
+    def _resize(self, like: Tensor) -> None:
+        """To as many as another tensor has values."""
+        size = like.numel()
         if self.scale.numel() != size:
             self.scale = new_full(size, 1, self.scale)
             self.zero_point = new_full(size, 0, self.zero_point)
@@ -250,7 +253,7 @@ class FakeQuantize(FakeQuantizeBase):
     ) -> None:
         saved = state_dict.get(prefix + "scale")
         if saved is not None:
-            self._resize(saved.numel())
+            self._resize(saved)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
@@ -329,7 +332,7 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         if self._mapping is None:
             super()._choose_qparams(watcher)
             return
-        self._resize(watcher.min_val.numel())
+        self._resize(watcher.min_val)
         choose_qparams(
             watcher.min_val,
             watcher.max_val,

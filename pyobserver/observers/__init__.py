@@ -33,6 +33,7 @@ from .minmax import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    PerBlockMinMaxObserver,
     PerChannelMinMaxObserver,
 )
 from .passive import (
@@ -56,6 +57,7 @@ __all__ = [
     "NoopObserver",
     "ObserverBase",
     "PerBlockLogHistogramObserver",
+    "PerBlockMinMaxObserver",
     "PerChannelLogHistogramObserver",
     "PerChannelMinMaxObserver",
     "PercentileObserver",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -332,6 +332,99 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
         )
         self.averaging_constant = averaging_constant
         self._update = "moving_average"
+
+
+@offer_to_hosts
+class PerBlockMinMaxObserver(MinMaxBase):
+    """The least and the greatest value of each block of all tensors seen.
+
+    The state is sized once: here with ``shape``, else by the first tensor. Scales and zero points
+    have the shape of the grid of blocks, as :func:`pyobserver.ops.fake_quantize` takes them with
+    ``block_size``.
+
+    Args:
+        block_size: sizes of a block, one for each dimension, each a divisor of the tensors' sizes;
+            a number: ``(1, number)``, groups of as many in the rows of a matrix.
+        averaging_constant: the weight of a new tensor, in (0, 1], of a moving average as of
+            :class:`MovingAverageMinMaxObserver`; None: the extremes of all tensors.
+        shape: that of the tensors: size the state now.
+        Others: :class:`UniformQuantizationObserverBase`; qscheme is a per-tensor one.
+
+    Buffers: ``min_val``, ``max_val``: float32, shaped as the grid of blocks; ``(0,)`` until sized.
+    """
+
+    def __init__(
+        self,
+        block_size: int | Sequence[int],
+        averaging_constant: float | None = None,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = torch.finfo(torch.float32).eps,
+        is_dynamic: bool = False,
+        shape: Sequence[int] | None = None,
+        **kwargs: Any,
+    ):
+        owner = type(self).__name__
+        check_qscheme(owner, qscheme, PER_TENSOR)
+        if is_dynamic:
+            raise NotImplementedError(
+                f"{owner}: is_dynamic: expected False (no dynamic quantization per block), got True"
+            )
+        if averaging_constant is not None:
+            check_averaging_constant(owner, averaging_constant)
+        super().__init__(
+            dtype, qscheme, reduce_range, quant_min, quant_max, factory_kwargs, eps, is_dynamic,
+            **kwargs,
+        )  # fmt: skip
+        self.block_size = (1, block_size) if isinstance(block_size, int) else tuple(block_size)
+        self.averaging_constant = 1.0 if averaging_constant is None else averaging_constant
+        self._per_channel = False
+        self._update = "running" if averaging_constant is None else "moving_average"
+        groups: tuple[int, ...] = (0,)
+        if shape is not None:
+            groups = self._groups_of(torch.empty(tuple(shape), device="meta"))
+        self._register_range(groups, torch.nn.factory_kwargs(factory_kwargs).get("device"))
+
+    def _groups_of(self, x: Tensor) -> tuple[int, ...]:
+        _checks.check_block_size("minmax", x, None, self.block_size)
+        return tuple(whole // size for whole, size in zip(x.shape, self.block_size, strict=True))
+
+    def observe(self, x: Tensor, enabled: Tensor | None = None) -> None:
+        _checks.check_input("minmax", "x", x)
+        if x.numel() == 0:
+            return
+        unsized = self.min_val, self.max_val
+        if self.min_val.numel() == 0:
+            self._size(self._groups_of(x))
+        try:
+            minmax(
+                x, self.min_val, self.max_val, self.nonfinite_count, None, self._update,
+                self.averaging_constant, self.nonfinite, enabled, self.block_size,
+            )  # fmt: skip
+        except Exception:
+            self.min_val, self.max_val = unsized
+            raise
+
+    def _size(self, groups: tuple[int, ...]) -> None:
+        with torch.inference_mode(False):
+            self.min_val = self.min_val.new_full(groups, torch.inf)
+            self.max_val = self.max_val.new_full(groups, -torch.inf)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # the buffers take the size of the saved ones, both or neither
+        saved = [state_dict.get(prefix + name) for name in ("min_val", "max_val")]
+        shapes = {tuple(value.shape) for value in saved if value is not None}
+        if None not in saved and len(shapes) == 1:
+            (shape,) = shapes
+            if len(shape) == len(self.block_size) or shape == (0,):
+                self._size(shape)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def check_averaging_constant(owner: str, averaging_constant: float) -> None:

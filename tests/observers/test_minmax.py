@@ -6,11 +6,14 @@ import pytest
 import torch
 from ops.cases import DTYPES, assert_rejected, assert_same, not_dense_real_float, unchanged
 from streams import streams
+from torch import Tensor
 
 from pyobserver import (
+    FakeQuantize,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    PerBlockMinMaxObserver,
     PerChannelMinMaxObserver,
 )
 
@@ -281,3 +284,94 @@ def test_an_axis_set_on_a_per_tensor_observer_is_not_taken() -> None:
     observer.ch_axis = -1
     observer(torch.arange(6.0).reshape(2, 3))
     assert observer.max_val == 5
+
+
+BLOCK = (2, 3)
+OF_BLOCKS: dict[str, dict[str, Any]] = {
+    "running": {},
+    "moving_average": {"averaging_constant": 0.3},
+}
+
+
+def in_pairs(x: Tensor) -> Tensor:
+    """The blocks of a (4, 9) matrix as rows."""
+    return x.reshape(2, 2, 3, 3).transpose(1, 2).reshape(6, 6)
+
+
+@pytest.mark.parametrize("kind", OF_BLOCKS)
+@pytest.mark.parametrize("told", [False, True])
+def test_per_block(kind: str, told: bool) -> None:
+    """Each block as a channel of its own."""
+    more = {"shape": (4, 9)} if told else {}
+    ours = PerBlockMinMaxObserver(BLOCK, **OF_BLOCKS[kind], **more)
+    channels = {
+        "running": PerChannelMinMaxObserver,
+        "moving_average": MovingAveragePerChannelMinMaxObserver,
+    }[kind](**OF_BLOCKS[kind])
+    assert ours.min_val.shape == ((2, 3) if told else (0,))
+    for i in range(3):
+        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(i))
+        assert ours(x) is x
+        channels(in_pairs(x))
+        assert_same(ours.min_val, channels.min_val.reshape(2, 3))
+        assert_same(ours.max_val, channels.max_val.reshape(2, 3))
+    found, expected = ours.calculate_qparams(), channels.calculate_qparams()
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other.reshape(2, 3))
+
+
+def test_per_block_groups_of_rows() -> None:
+    ours = PerBlockMinMaxObserver(4)
+    assert ours.block_size == (1, 4)
+    ours(torch.arange(24.0).reshape(3, 8))
+    assert ours.min_val.tolist() == [[0, 4], [8, 12], [16, 20]]
+
+
+def test_per_block_state() -> None:
+    ours = PerBlockMinMaxObserver(4)
+    x = torch.randn(3, 8)
+    ours(x)
+    for fresh in (PerBlockMinMaxObserver(4), PerBlockMinMaxObserver(4, shape=(6, 8))):
+        fresh.load_state_dict(ours.state_dict())
+        assert_same(fresh.min_val, ours.min_val)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ours.load_state_dict({**ours.state_dict(), "min_val": torch.zeros(5)})
+    other = PerBlockMinMaxObserver(4)
+    other(x * 2)
+    assert_same((ours + other).max_val, torch.maximum(ours.max_val, other.max_val))
+    ours.reset_min_max_vals()
+    assert_same(ours.max_val, torch.full((3, 2), -torch.inf))
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_per_block_keeps_its_state_where_a_tensor_is_refused(told: bool) -> None:
+    ours = PerBlockMinMaxObserver(4, nonfinite="raise", **({"shape": (3, 8)} if told else {}))
+    refused = [
+        torch.zeros(3, 9),
+        torch.zeros(8),
+        torch.full((3, 8), torch.nan),
+        torch.ones(3, 8).int(),
+    ]
+    if told:
+        refused.append(torch.zeros(4, 8))
+    for x in refused:
+        before = ours.min_val
+        with pytest.raises((ValueError, TypeError), match=r"^minmax: "):
+            ours(x)
+        assert ours.min_val is before
+        assert_same(ours.min_val, torch.full(before.shape, torch.inf))
+    assert ours(torch.empty(0, 8)).numel() == 0
+
+
+def test_per_block_rejects_arguments() -> None:
+    for arguments, match in (
+        ({"block_size": 4, "shape": (3, 9)}, "block_size: expected a divisor"),
+        ({"block_size": 0, "shape": (3, 8)}, "block_size: expected a divisor"),
+        ({"block_size": 4, "averaging_constant": 2}, "averaging_constant: expected"),
+        ({"block_size": 4, "is_dynamic": True}, "is_dynamic: expected False"),
+        ({"block_size": 4, "qscheme": torch.per_channel_affine}, "qscheme: expected"),
+    ):
+        with pytest.raises((ValueError, NotImplementedError), match=match):
+            PerBlockMinMaxObserver(**arguments)
+    with pytest.raises(TypeError, match="expected one of a scale per tensor or channel"):
+        FakeQuantize(PerBlockMinMaxObserver, block_size=4)
