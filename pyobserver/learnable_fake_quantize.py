@@ -18,6 +18,7 @@ from .observers import (
     UniformQuantizationObserverBase,
 )
 from .observers.histogram_base import HistogramObserverBase
+from .ops._blocks import split
 from .ops.learnable_fake_quantize import _rounded, learnable_fake_quantize, usable_scale
 
 __all__ = ["LearnableFakeQuantize", "enable_param_learning", "make_learnable"]
@@ -47,10 +48,14 @@ class LearnableFakeQuantize(FakeQuantize):
     **The parameters exist from the start**, so that an optimizer may be built at once: ``(1,)``
     per tensor, ``(num_channels,)`` per channel where the observer was told ``num_channels``. Else
     the first tensor, a state_dict or :meth:`initialize_from` sizes them, in place: they stay the
-    objects that the optimizer holds. Tell ``num_channels`` to shard, compile or export before the
-    first tensor. Under FSDP2 calibrate before ``fully_shard``: an estimate goes to the gathered
-    parameters, which are thrown away. Ranks that calibrate on data of their own (DDP) have scales
-    of their own until ``po.distributed.sync(model)`` and ``initialize_from()`` of each module.
+    objects that the optimizer holds. Per block (``observer=PerBlockMinMaxObserver``,
+    ``block_size=32`` for groups of 32 in the rows of a matrix) they are shaped as the grid of
+    blocks, from the start where the observer was told ``shape``. Tell either to shard, compile or
+    export before the first tensor.
+
+    Under FSDP2 calibrate before ``fully_shard``: an estimate goes to the gathered parameters, which
+    are thrown away. Ranks that calibrate on data of their own (DDP) have scales of their own until
+    ``po.distributed.sync(model)`` and ``initialize_from()`` of each module.
 
     Args:
         observer, quant_min, quant_max, is_dynamic, observer_kwargs: as for :class:`FakeQuantize`,
@@ -74,6 +79,8 @@ class LearnableFakeQuantize(FakeQuantize):
     whose state_dict loads here, and whose methods are here but ``observe_quant_params``.
     """
 
+    _serves_blocks = True
+
     def __init__(
         self,
         observer: Any = MovingAverageMinMaxObserver,
@@ -94,7 +101,10 @@ class LearnableFakeQuantize(FakeQuantize):
         self._factor, self._normalize = self._lsq_factor(owner, grad_factor)
         self.least_scale = _least_scale(watcher)
         self._axis = self.ch_axis if self.is_per_channel else None
+        self.block_size = getattr(watcher, "block_size", None)
         scale, zero_point = self._buffers.pop("scale"), self._buffers.pop("zero_point").float()
+        if self.block_size is not None and watcher.min_val.numel() > 0:
+            scale, zero_point = (t.reshape(watcher.min_val.shape) for t in (scale, zero_point))
         self.scale = nn.Parameter(scale)
         if self.symmetric_zero_point is None:
             self.zero_point = nn.Parameter(zero_point)
@@ -133,7 +143,7 @@ class LearnableFakeQuantize(FakeQuantize):
             own["quant_max"],
             own["_axis"],
             own["_factor"],
-            None,
+            own["block_size"],
             buffers["fake_quant_enabled"],
             buffers["observer_enabled"],
             own["least_scale"],
@@ -148,7 +158,7 @@ class LearnableFakeQuantize(FakeQuantize):
         if not isinstance(watcher, UniformQuantizationObserverBase):
             self._write(*watcher.calculate_qparams())
             return
-        self._resize(watcher.min_val.numel())
+        self._resize(watcher.min_val)
         scale, zero_point = self.scale.detach(), self.zero_point.detach()
         if scale.dtype == torch.float32:
             watcher.write_qparams(scale, zero_point, self.observer_enabled)
@@ -157,17 +167,18 @@ class LearnableFakeQuantize(FakeQuantize):
         watcher.write_qparams(*chosen, self.observer_enabled)
         self._write(*chosen)
 
-    def _resize(self, size: int) -> None:
-        """Of one value each to as many as there are channels; the parameters stay the objects."""
-        for t in (self.scale, self.zero_point):
-            if t.numel() != size:
+    def _resize(self, like: Tensor) -> None:
+        """To the shape of another tensor; the parameters stay the objects that they are."""
+        shape = like.shape or torch.Size((1,))
+        for t, value in ((self.scale, 1), (self.zero_point, self.symmetric_zero_point or 0)):
+            if t.shape != shape:
                 with torch.inference_mode(False):
-                    same = t.detach() if t.numel() == 1 else t.detach().new_ones(1)
-                    t.data = same.expand(size).clone()
+                    one = t.detach().flatten() if t.numel() == 1 else t.new_full((1,), value)
+                    t.data = one.expand(shape.numel()).reshape(shape).clone()
 
     @torch.no_grad()
     def _write(self, scale: Tensor, zero_point: Tensor) -> None:
-        self._resize(scale.numel())
+        self._resize(scale)
         self.scale.copy_(scale.reshape(self.scale.shape))
         self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
 
@@ -256,15 +267,16 @@ class LearnableFakeQuantize(FakeQuantize):
             )
 
     def _check_start(self, owner: str, scale: Tensor, zero_point: Tensor) -> None:
-        sizes = scale.numel(), zero_point.numel()
-        size = self.scale.numel()
-        if sizes[0] != sizes[1] or (size > 1 and size != sizes[0]) or 0 in sizes:
+        shape = tuple(self.scale.shape)
+        dims = 1 if self.block_size is None else len(self.block_size)
+        fits = scale.numel() == 1 if self._axis is None and dims == 1 else scale.dim() == dims
+        if math.prod(shape) > 1:
+            fits = tuple(scale.shape) == shape
+        if not fits or scale.numel() != zero_point.numel() or scale.numel() == 0:
             raise ValueError(
-                f"{owner}: source: expected {size} scales and zero points, "
-                f"got {sizes[0]} and {sizes[1]}"
+                f"{owner}: source: expected scales and zero points shaped as the module's, "
+                f"{shape}, got shapes {tuple(scale.shape)} and {tuple(zero_point.shape)}"
             )
-        if sizes[0] > 1 and not self.is_per_channel:
-            raise ValueError(f"{owner}: source: expected one scale, got {sizes[0]}")
         if not bool(((scale > 0) & scale.isfinite()).all()):
             raise ValueError(
                 f"{owner}: source: expected positive finite scales, got {scale.tolist()}"
@@ -284,14 +296,14 @@ class LearnableFakeQuantize(FakeQuantize):
 
     @torch.no_grad()
     def _lsq_start(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x.float().reshape(1, -1)
-        if self._axis is not None:
-            rows = x.float().movedim(self._axis, 0).flatten(1)
+        view, within, shape = split(x.float(), self._axis, self.block_size)
+        groups = [size for d, size in enumerate(shape) if d not in within] or [1]
+        rows = view.movedim(within, tuple(range(-len(within), 0))).reshape(*groups, -1)
         steps = max(self.quant_max - (self.symmetric_zero_point or 0), 1)
-        scale = (2 * rows.abs().mean(1) / math.sqrt(steps)).clamp(min=self.least_scale)
+        scale = (2 * rows.abs().mean(-1) / math.sqrt(steps)).clamp(min=self.least_scale)
         if self.symmetric_zero_point is not None:
             return scale, torch.full_like(scale, self.symmetric_zero_point)
-        below = (rows.amin(1).clamp(max=0.0) / scale).round()
+        below = (rows.amin(-1).clamp(max=0.0) / scale).round()
         return scale, (self.quant_min - below).clamp(self.quant_min, self.quant_max)
 
     @classmethod
@@ -363,10 +375,10 @@ class LearnableFakeQuantize(FakeQuantize):
         state_dict = dict(state_dict)  # the caller's is not ours to change
         for name in ("scale", "zero_point"):
             if (saved := state_dict.get(prefix + name)) is not None:
-                state_dict[prefix + name] = saved.float()
+                state_dict[prefix + name] = saved.float().reshape(saved.shape or (1,))
         # torch.ao's
         if (static := state_dict.pop(prefix + "static_enabled", None)) is not None:
-            state_dict.setdefault(prefix + "observer_enabled", static)
+            state_dict[prefix + "observer_enabled"] = static
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
