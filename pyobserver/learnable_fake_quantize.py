@@ -100,6 +100,7 @@ class LearnableFakeQuantize(FakeQuantize):
         self.grad_factor = grad_factor
         self._factor, self._normalize = self._lsq_factor(owner, grad_factor)
         self.least_scale = _least_scale(watcher)
+        self._watches = True
         self._axis = self.ch_axis if self.is_per_channel else None
         self.block_size = getattr(watcher, "block_size", None)
         scale, zero_point = self._buffers.pop("scale"), self._buffers.pop("zero_point").float()
@@ -129,12 +130,15 @@ class LearnableFakeQuantize(FakeQuantize):
         """``x`` rounded to the grid, shaped as x; while the observer is on, updates the scale."""
         if x.numel() == 0:
             return x
-        self._observe(x)
+        own = self.__dict__  # an attribute of an nn.Module costs a fiftieth of the call
+        buffers = own["_buffers"]
+        watched = None
+        if own["_watches"]:
+            self._observe(x)
+            watched = buffers["observer_enabled"]
         scale, zero_point = self.scale, self.zero_point
         if scale.dtype != torch.float32 or zero_point.dtype != torch.float32:
             scale, zero_point = scale.float(), zero_point.float()  # mixed precision's copies
-        own = self.__dict__  # an attribute of an nn.Module costs a fiftieth of the call
-        buffers = own["_buffers"]
         return learnable_fake_quantize(
             x,
             scale,
@@ -145,7 +149,7 @@ class LearnableFakeQuantize(FakeQuantize):
             own["_factor"],
             own["block_size"],
             buffers["fake_quant_enabled"],
-            buffers["observer_enabled"],
+            watched,
             own["least_scale"],
             own["_normalize"],
         )
@@ -255,6 +259,7 @@ class LearnableFakeQuantize(FakeQuantize):
         self._check_start(owner, *found)
         self._write(*found)
         self.disable_observer()
+        self._leave_observer_out()
         return self
 
     def _check_grid(self, owner: str, source: Any) -> None:
@@ -332,8 +337,23 @@ class LearnableFakeQuantize(FakeQuantize):
         return made.train(fake_quantize.training)
 
     def enable_param_learning(self) -> LearnableFakeQuantize:
-        """Learn: the observer off, rounding on, the parameters with a gradient."""
+        """Learn: the observer off, rounding on, the parameters with a gradient.
+
+        Forward leaves the observer out, where ``disable_observer`` has its kernels read a switch:
+        that saves half of a small call, and what was compiled before is compiled anew, once.
+        ``enable_observer`` puts it back.
+        """
+        self._leave_observer_out()
         return self.toggle_qparam_learning().toggle_fake_quant().toggle_observer_update(False)
+
+    def _leave_observer_out(self) -> None:
+        one_scale = self._axis is None and self.block_size is None
+        # it sizes the parameters, where they are not yet
+        self._watches = not one_scale and self.scale.numel() == 1
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        self._watches = self._watches or enabled
+        super().enable_observer(enabled)
 
     def enable_static_estimate(self) -> LearnableFakeQuantize:
         """Take the scale from the observer: it is on, rounding too, the parameters without one."""
@@ -372,6 +392,7 @@ class LearnableFakeQuantize(FakeQuantize):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
+        self._watches = True  # what is loaded may have the observer on
         state_dict = dict(state_dict)  # the caller's is not ours to change
         for name in ("scale", "zero_point"):
             if (saved := state_dict.get(prefix + name)) is not None:

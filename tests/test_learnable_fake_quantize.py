@@ -203,6 +203,17 @@ def test_calibrates_then_learns(name: str) -> None:
         assert same != (key in dict(module.named_parameters())), key
 
 
+@EACH
+def test_learns_from_the_first_tensor_on(name: str) -> None:
+    """Without an estimate the scale starts at 1, of the size that the tensor asks for."""
+    module = UNSIZED[name]().enable_param_learning()
+    found = step(module, batch())
+    assert found["scale"].shape == module.scale.shape == GRIDS.get(name, (1,))
+    assert found["scale"].any()
+    assert_same(module.scale, torch.ones(GRIDS.get(name, (1,))))
+    assert (module.zero_point == (module.symmetric_zero_point or 0)).all()
+
+
 def test_learns_the_better_scale() -> None:
     """From one four times too large; that of the least error is not what LSQ's gradient seeks."""
     x = sample((64, 256))
@@ -276,6 +287,10 @@ def test_switches() -> None:
     assert not found["scale"].any()
     assert not found["zero_point"].any()
 
+    module.enable_fake_quant()
+    module.activation_post_process.observe = None  # is left out
+    module(x)
+    del module.activation_post_process.observe
     module.enable_static_observation()
     assert not any(p.requires_grad for p in module.parameters())
     assert_same(module(x * 9), x * 9)
