@@ -40,6 +40,7 @@ OBSERVERS: dict[str, Callable[[], nn.Module]] = {
     "histogram": po.HistogramObserver,
     "log_histogram": po.LogHistogramObserver,
     "per_channel_log_histogram": lambda: po.PerChannelLogHistogramObserver(ch_axis=1),
+    "per_block_minmax": lambda: po.PerBlockMinMaxObserver(block_size=(1, 20)),
     "per_block_log_histogram": lambda: po.PerBlockLogHistogramObserver(block_size=(1, 20)),
 }
 FAKE_QUANTIZES: dict[str, Callable[[], nn.Module]] = {
@@ -53,6 +54,16 @@ FAKE_QUANTIZES: dict[str, Callable[[], nn.Module]] = {
         po.FixedQParamsObserver.with_args(scale=0.05, zero_point=8)
     ),
     "fused": po.FusedMovingAvgObsFakeQuantize,
+    "learnable": po.LearnableFakeQuantize,
+    "learnable_per_channel": lambda: po.LearnableFakeQuantize(
+        po.PerChannelMinMaxObserver,
+        ch_axis=1,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+    ),
+    "learnable_per_block": lambda: po.LearnableFakeQuantize(
+        po.PerBlockMinMaxObserver, block_size=(1, 20)
+    ),
 }
 HISTOGRAMS = (po.HistogramObserver, po.LogHistogramObserver)
 MODULES = {**OBSERVERS, **FAKE_QUANTIZES}
