@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ranges
 from .compat.hosts import host_classes
 from .dtypes import check_qscheme
-from .fake_quantize import FakeQuantize, FixedQParamsFakeQuantize
+from .fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from .observers import (
     FixedQParamsObserver,
     MovingAverageMinMaxObserver,
@@ -50,8 +50,8 @@ class LearnableFakeQuantize(FakeQuantize):
     the first tensor, a state_dict or :meth:`initialize_from` sizes them, in place: they stay the
     objects that the optimizer holds. Per block (``observer=PerBlockMinMaxObserver``,
     ``block_size=32`` for groups of 32 in the rows of a matrix) they are shaped as the grid of
-    blocks, from the start where the observer was told ``shape``. Tell either to shard, compile or
-    export before the first tensor.
+    blocks, from the start where the observer was told ``shape``. Tell either to shard, to wrap in
+    DDP, to compile or to export before the first tensor.
 
     Under FSDP2 calibrate before ``fully_shard``: an estimate goes to the gathered parameters, which
     are thrown away. Ranks that calibrate on data of their own (DDP) have scales of their own until
@@ -318,13 +318,14 @@ class LearnableFakeQuantize(FakeQuantize):
         """One that takes a fake-quantize's place: its observer, its switches and its values.
 
         Args:
-            fake_quantize: a :class:`FakeQuantize`, ours or a host's.
+            fake_quantize: a :class:`FakeQuantize` or :class:`FusedMovingAvgObsFakeQuantize`, ours
+                or a host's.
             grad_factor: see the class.
 
         Raises:
-            TypeError: something else, or one of fixed parameters.
+            TypeError: something else, as one of fixed parameters, or of another class over these.
         """
-        if not _is_chosen_anew(fake_quantize):
+        if not _is_replaceable(fake_quantize):
             raise TypeError(
                 f"{cls.__name__}.from_fake_quantize: fake_quantize: expected a FakeQuantize, "
                 f"got {type(fake_quantize).__name__}"
@@ -403,14 +404,10 @@ class LearnableFakeQuantize(FakeQuantize):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-def _is_chosen_anew(module: Any) -> bool:
-    """Whether it is a fake-quantize, ours or a host's, whose parameters are not fixed."""
-    fixed: tuple[type[Any], ...] = (
-        FixedQParamsFakeQuantize,
-        *host_classes("FixedQParamsFakeQuantize"),
-    )
-    served: tuple[type[Any], ...] = (FakeQuantize, *host_classes("FakeQuantize"))
-    return isinstance(module, served) and not isinstance(module, fixed)
+def _is_replaceable(module: Any) -> bool:
+    """Whether it is a fake-quantize, ours or a host's, and none of a class with ways of its own."""
+    names = ("FakeQuantize", "FusedMovingAvgObsFakeQuantize")
+    return type(module) in (FakeQuantize, FusedMovingAvgObsFakeQuantize, *host_classes(*names))
 
 
 def _least_scale(watcher: Any) -> float:
@@ -433,8 +430,8 @@ def make_learnable(model: nn.Module, grad_factor: float | str = "elements") -> n
     calibrated is ready to learn once its observers are off. One that is used twice stays one.
 
     Args:
-        model: a model prepared with :class:`FakeQuantize`, ours or a host's. Those of fixed
-            parameters stay.
+        model: a model prepared with :class:`FakeQuantize` or
+            :class:`FusedMovingAvgObsFakeQuantize`, ours or a host's; all others stay.
         grad_factor: see :class:`LearnableFakeQuantize`.
 
     Returns:
@@ -443,7 +440,7 @@ def make_learnable(model: nn.Module, grad_factor: float | str = "elements") -> n
     made: dict[nn.Module, nn.Module] = {}
 
     def learnable(module: nn.Module) -> nn.Module:
-        if isinstance(module, LearnableFakeQuantize) or not _is_chosen_anew(module):
+        if not _is_replaceable(module):
             return module
         if module not in made:
             made[module] = LearnableFakeQuantize.from_fake_quantize(module, grad_factor)

@@ -481,6 +481,7 @@ def test_replaces_fake_quantizes() -> None:
             "b": nn.Sequential(shared, ao.FakeQuantize(observer=ao.MinMaxObserver)),
             "fused": po.FusedMovingAvgObsFakeQuantize(),
             "fixed": po.default_fixed_qparams_range_0to1_fake_quant(),
+            "other": type("Other", (po.FakeQuantize,), {})(),
         }
     )
     used = [model["a"][0], model["a"][2], model["b"][1], model["fused"]]
@@ -493,6 +494,7 @@ def test_replaces_fake_quantizes() -> None:
     assert po.make_learnable(model, grad_factor="features") is model
     assert model["a"][2] is model["b"][0]
     assert type(model["fixed"]) is po.FixedQParamsFakeQuantize
+    assert type(model["other"]).__name__ == "Other"
     now = [model["a"][0], model["a"][2], model["b"][1], model["fused"]]
     assert all(type(module) is Module and not module.training for module in now)
     for new, old in zip(now, before, strict=True):

@@ -41,8 +41,10 @@ def _check(
     check_grid_params(op, x, scale, zero_point, quant_min, quant_max, axis, block_size)
     _checks.check_enabled(op, enabled)
     _checks.check_same_device(op, x, {"enabled": enabled})
-    if not 0 <= least_scale < float("inf"):
-        raise ValueError(f"{op}: least_scale: expected 0 or a positive number, got {least_scale}")
+    if least_scale != 0 and not 0 < to_float32(least_scale) < torch.inf:
+        raise ValueError(
+            f"{op}: least_scale: expected 0 or a positive finite float32, got {least_scale}"
+        )
 
 
 def _check_held(op: str, x: Tensor, held: Tensor | None) -> None:

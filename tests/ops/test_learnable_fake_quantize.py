@@ -645,7 +645,14 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no_axis": ({"axis": None}, ValueError, r"scale: expected 1 element, got shape \(3,\)"),
     **REJECTED_BLOCKS,
     **REJECTED_SWITCHES,
-    "least_scale": ({"least_scale": -1.0}, ValueError, "least_scale: expected 0 or .*, got -1.0"),
+    **{
+        f"least_scale_{least}": (
+            {"least_scale": least},
+            ValueError,
+            f"least_scale: expected 0 or a positive finite float32, got {least}",
+        )
+        for least in (-1.0, 1e-60, float("inf"), float("nan"))
+    },
     "block_shape": (
         {"axis": None, "block_size": [1, 1]},
         ValueError,

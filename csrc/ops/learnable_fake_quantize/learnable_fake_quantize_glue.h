@@ -54,8 +54,9 @@ inline GroupWalk group_walk(const char* op, const Layout& layout) {
 }
 
 inline void check_least_scale(const char* op, double least_scale) {
-  check(least_scale >= 0.0 && static_cast<float>(least_scale) <= 3.4028234e38f, op,
-        ": least_scale: expected 0 or a positive number, got ", least_scale);
+  const float least = static_cast<float>(least_scale);
+  check(least_scale == 0.0 || (least > 0.0f && is_finite(least)), op,
+        ": least_scale: expected 0 or a positive finite float32, got ", least_scale);
 }
 
 inline Tensor learnable(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
