@@ -32,7 +32,7 @@ void learnable_backward(DType dtype, const LearnableArgs& args, const Layout& la
   call.places = places.data();
   call.axes = static_cast<int>(places.size());
   const int64_t chunks = walk.groups * walk.chunks;
-  Scratch<LearnedSums> sums(walk.chunks > 1 ? chunks : 0);
+  Scratch<PairSums> sums(walk.chunks > 1 ? chunks : 0);
   call.sums = sums.data();
   const auto& table = learnable_table();
   const int64_t parts = std::min(part_count(layout.numel), chunks);

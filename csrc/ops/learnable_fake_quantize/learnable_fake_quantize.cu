@@ -9,14 +9,14 @@
 
 #include "../../core/cuda.h"
 #include "../../core/device_layout.cuh"
+#include "../../core/lane_sums.cuh"
 #include "learnable_fake_quantize_glue.h"
 
 namespace pyobserver {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kLanes;
 constexpr int kBlocksPerMultiprocessor = 16;
-constexpr int kFlight = kLanes / kWarp;  // elements of a thread in flight
 
 // Where the members of a chunk lie in the walk, without a division of 64 bits for each: of a walk
 // that is that of memory, whose groups span two axes at most.
@@ -77,57 +77,6 @@ struct PlacesOf<AnyMembers> {
   using type = AnyPlaces;
 };
 
-PYOBS_DEVICE LearnedSums plus(const LearnedSums& a, const LearnedSums& b) {
-  return {a.scale + b.scale, a.zero_point + b.zero_point};
-}
-
-// Elements [begin, end), as `width` threads next to each other sum them, this one the lane-th: all
-// at once where width is less than a warp. load(e) gives what term makes a term of. All
-// threads of a warp call it; the first of the `width` gets the sum. in_flight: all loads before the
-// first term; else the code is small, and the sums of a thread lie in local memory.
-template <bool in_flight, class Load, class Term>
-PYOBS_DEVICE LearnedSums sum_lanes(int width, int lane, int64_t begin, int64_t end,
-                                   const Load& load, const Term& term) {
-  LearnedSums sums[kFlight] = {};
-  const int64_t rows = int64_t{kFlight} * width;
-  if constexpr (in_flight) {
-    for (int64_t row = begin + lane; row < end; row += rows) {
-      decltype(load(row)) loaded[kFlight];
-#pragma unroll
-      for (int s = 0; s < kFlight; ++s) {
-        const int64_t e = row + s * width;
-        loaded[s] = load(e < end ? e : begin);
-      }
-#pragma unroll
-      for (int s = 0; s < kFlight; ++s) {
-        if (row + s * width < end) {
-          sums[s] = plus(sums[s], term(loaded[s]));
-        }
-      }
-    }
-  } else {
-#pragma unroll 1
-    for (int s = 0; s < kFlight; ++s) {
-      for (int64_t e = begin + lane + s * width; e < end; e += rows) {
-        sums[s] = plus(sums[s], term(load(e)));
-      }
-    }
-  }
-#pragma unroll
-  for (int half = kFlight / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int s = 0; s < half; ++s) {
-      sums[s] = plus(sums[s], sums[s + half]);
-    }
-  }
-  LearnedSums sum = sums[0];
-  for (int half = width / 2; half > 0; half /= 2) {
-    sum = plus(sum, {__shfl_down_sync(kAllLanes, sum.scale, half),
-                     __shfl_down_sync(kAllLanes, sum.zero_point, half)});
-  }
-  return sum;
-}
-
 template <class T>
 struct Element {
   T x, grad;
@@ -142,8 +91,8 @@ PYOBS_DEVICE Element<T> load_element(const LearnedBackward& args, const Places& 
 }
 
 template <class T>
-PYOBS_DEVICE LearnedSums quantize_gradient(const LearnedBackward& args, const Element<T>& element,
-                                           const LearnedParams& params, bool off) {
+PYOBS_DEVICE PairSums quantize_gradient(const LearnedBackward& args, const Element<T>& element,
+                                        const LearnedParams& params, bool off) {
   if (off) {
     static_cast<T*>(args.grad_x)[element.place] = element.grad;
     return {0.0, 0.0};
@@ -160,14 +109,14 @@ struct Switches {
 };
 
 PYOBS_DEVICE void write_group(const LearnedBackward& args, const Switches& switches, int64_t group,
-                              const LearnedSums& sums) {
+                              const PairSums& sums) {
   const bool held = switches.held.flag != nullptr && !is_off(switches.held);
-  args.grad_scale[group] = held ? 0.0f : static_cast<float>(sums.scale);
-  args.grad_zero_point[group] = held ? 0.0f : static_cast<float>(sums.zero_point);
+  args.grad_scale[group] = held ? 0.0f : static_cast<float>(sums.first);
+  args.grad_zero_point[group] = held ? 0.0f : static_cast<float>(sums.second);
 }
 
 PYOBS_DEVICE void write(const LearnedBackward& args, const Switches& switches, int64_t group,
-                        int64_t chunk, const LearnedSums& sums) {
+                        int64_t chunk, const PairSums& sums) {
   if (args.walk.chunks > 1) {
     args.sums[group * args.walk.chunks + chunk] = sums;
   } else {
@@ -175,23 +124,11 @@ PYOBS_DEVICE void write(const LearnedBackward& args, const Switches& switches, i
   }
 }
 
-// What the last block does. finished: how many blocks are through.
 PYOBS_DEVICE void finish(const LearnedBackward& args, const Switches& switches,
                          unsigned* finished) {
-  if (args.walk.chunks == 1 || !is_last_block(finished, gridDim.x)) {
-    return;
-  }
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t group = threadIdx.x / kWarp; group < args.walk.groups; group += kThreads / kWarp) {
-    const LearnedSums* sums = args.sums + group * args.walk.chunks;
-    const LearnedSums total = sum_lanes<true>(
-        kWarp, lane, 0, args.walk.chunks,
-        [&](int64_t k) { return LearnedSums{__ldcg(&sums[k].scale), __ldcg(&sums[k].zero_point)}; },
-        [](const LearnedSums& chunk) { return chunk; });
-    if (lane == 0) {
-      write_group(args, switches, group, total);
-    }
-  }
+  finish_sums(
+      args.sums, args.walk.groups, args.walk.chunks, finished,
+      [&](int64_t group, const PairSums& total) { write_group(args, switches, group, total); });
 }
 
 // width: threads of a chunk, a power of two.
@@ -218,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t most = begin + walk.chunk < walk.members ? begin + walk.chunk : walk.members;
     const typename PlacesOf<Members>::type places(walk, members, first_of_group(walk, group),
                                                   begin);
-    const LearnedSums sums = sum_lanes<kNear>(
+    const PairSums sums = sum_lanes<kNear>(
         width, lane, begin, valid ? most : begin,
         [&](int64_t e) { return load_element<T>(args, places, e); },
         [&](const Element<T>& element) { return quantize_gradient(args, element, params, off); });
@@ -245,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t end = begin + walk.chunk < walk.members ? begin + walk.chunk : walk.members;
     const typename PlacesOf<Members>::type places(walk, members, first_of_group(walk, group),
                                                   begin);
-    LearnedSums sums = {0.0, 0.0};
+    PairSums sums = {0.0, 0.0};
     for (int64_t row = begin; row < end; row += kAtOnce) {
       Element<T> elements[kAtOnce];
 #pragma unroll
@@ -292,9 +229,9 @@ void learnable_backward(DType dtype, const LearnableArgs& args, const Layout& la
   std::optional<DeviceScratch> scratch;
   unsigned* finished = nullptr;
   if (walk.chunks > 1) {
-    const int64_t bytes = chunks * static_cast<int64_t>(sizeof(LearnedSums));
+    const int64_t bytes = chunks * static_cast<int64_t>(sizeof(PairSums));
     scratch.emplace(args.x, bytes + static_cast<int64_t>(sizeof(unsigned)));
-    call.sums = scratch->at<LearnedSums>(0);
+    call.sums = scratch->at<PairSums>(0);
     finished = scratch->at<unsigned>(bytes);
     cuda.zero(finished, sizeof(unsigned));
   }

@@ -10,18 +10,14 @@
 // times grad_factor, each product rounded to float32 as torch's (float64 for float64), and gives x
 // the gradient g or a zero of its sign.
 //
-// The sums are of doubles, in an order that depends on the shape and strides alone: the elements of
-// a group, in the order of the walk, are cut into chunks. A chunk of long runs is summed in kLanes
-// lanes, element e in lane e % kLanes, which a tree adds up, the far half to the near one; a chunk
-// of short runs from first to last. The sums of a group's chunks are added like the elements of a
-// chunk of long runs.
+// The sums are those of lane_sums.h, of the elements of a group in the order of the walk; but a
+// chunk of short runs is summed from first to last.
 #pragma once
 
+#include "../../core/lane_sums.h"
 #include "../fake_quantize/fake_quantize.h"
 
 namespace pyobserver {
-
-constexpr int kLanes = 256;
 
 // An axis of the walk that a group spans (group 0), or that leads from group to group.
 struct GroupAxis {
@@ -91,18 +87,14 @@ PYOBS_HD LearnedGrads<Compute> learned_grads(Compute x, Compute grad, const Lear
           (inside ? by_rounding : by_clipping) * grad_factor, inside ? Compute(0) : by_shift};
 }
 
-// Sums of the two gradients.
-struct LearnedSums {
-  double scale, zero_point;
-};
-
 struct LearnedBackward {
   const void *grad, *x;  // x from its first element; grad and grad_x lie in the order of the walk
   void* grad_x;
   const float *scale, *zero_point;
   float grad_factor, least_scale;
   float *grad_scale, *grad_zero_point;
-  LearnedSums* sums;  // of the chunks of a group in a row; unused where a group has one
+  PairSums* sums;  // of scale and zero point, of the chunks of a group in a row; unused where a
+                   // group has one
   QuantGrid grid;
   GroupWalk walk;
   // where x lies, where not as the walk does: axes outer to inner

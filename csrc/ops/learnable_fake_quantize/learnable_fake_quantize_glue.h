@@ -25,7 +25,6 @@ inline void add_axis(const char* op, GroupAxis* axes, int* count, int64_t size, 
 
 inline GroupWalk group_walk(const char* op, const Layout& layout) {
   constexpr int64_t kShortRun = 8;
-  constexpr int64_t kMostChunks = 65536;  // but for those that a group has at least
   GroupWalk walk = {};
   walk.groups = layout.groups;
   walk.members = layout.numel / layout.groups;
@@ -44,11 +43,8 @@ inline GroupWalk group_walk(const char* op, const Layout& layout) {
     step *= axis.size;
   }
   walk.short_runs = layout.inner < kShortRun && walk.groups > 1;
-  walk.chunk = walk.short_runs ? 512 : 4096;
-  while (walk.chunk < walk.members &&
-         (walk.members + walk.chunk - 1) / walk.chunk * walk.groups > kMostChunks) {
-    walk.chunk *= 2;
-  }
+  walk.chunk = walk.short_runs ? chunk_of_sums(walk.members, walk.groups, 512)
+                               : chunk_of_sums(walk.members, walk.groups);
   walk.chunks = (walk.members + walk.chunk - 1) / walk.chunk;
   return walk;
 }

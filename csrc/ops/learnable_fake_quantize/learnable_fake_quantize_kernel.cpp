@@ -19,42 +19,12 @@ struct Terms {
   Compute scale[kLanes], zero_point[kLanes];
 };
 
-struct Lanes {
-  double scale[kLanes], zero_point[kLanes];
-};
-
-PYOBS_HD void clear(Lanes* lanes, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) {
-    lanes->scale[j] = 0.0;
-    lanes->zero_point[j] = 0.0;
-  }
-}
-
 template <class Value>
 PYOBS_HD void add(const Value* scale, const Value* zero_point, int64_t count, Lanes* lanes) {
   for (int64_t j = 0; j < count; ++j) {
-    lanes->scale[j] += static_cast<double>(scale[j]);
-    lanes->zero_point[j] += static_cast<double>(zero_point[j]);
+    lanes->first[j] += static_cast<double>(scale[j]);
+    lanes->second[j] += static_cast<double>(zero_point[j]);
   }
-}
-
-// The far half to the near one, until one is left. Lanes from `used` on are zeros.
-PYOBS_HD LearnedSums fold(Lanes* lanes, int64_t used) {
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; half < used && j < half; ++j) {
-      lanes->scale[j] += lanes->scale[j + half];
-      lanes->zero_point[j] += lanes->zero_point[j + half];
-    }
-  }
-  return {lanes->scale[0], lanes->zero_point[0]};
-}
-
-PYOBS_HD int64_t lanes_of(int64_t count) {
-  int64_t lanes = 1;
-  while (lanes < count && lanes < kLanes) {
-    lanes *= 2;
-  }
-  return lanes;
 }
 
 PYOBS_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -63,12 +33,12 @@ PYOBS_HD LearnedParams params_of(const LearnedBackward& args, int64_t group) {
   return learned_params(args.scale[group], args.zero_point[group], args.grid, args.least_scale);
 }
 
-PYOBS_HD void write(const LearnedBackward& args, int64_t group, int64_t chunk, LearnedSums sums) {
+PYOBS_HD void write(const LearnedBackward& args, int64_t group, int64_t chunk, PairSums sums) {
   if (args.walk.chunks > 1) {
     args.sums[group * args.walk.chunks + chunk] = sums;
   } else {
-    args.grad_scale[group] = static_cast<float>(sums.scale);
-    args.grad_zero_point[group] = static_cast<float>(sums.zero_point);
+    args.grad_scale[group] = static_cast<float>(sums.first);
+    args.grad_zero_point[group] = static_cast<float>(sums.second);
   }
 }
 
@@ -193,7 +163,7 @@ void backward_short(const LearnedBackward& args, int64_t begin, int64_t end) {
       add(terms.scale, terms.zero_point, n, &lanes);
     }
     for (int64_t j = 0; j < n; ++j) {
-      write(args, group + j, chunk, {lanes.scale[j], lanes.zero_point[j]});
+      write(args, group + j, chunk, {lanes.first[j], lanes.second[j]});
     }
     unit += n;
   }
@@ -212,18 +182,10 @@ void backward_any(DType dtype, const LearnedBackward& args, int64_t begin, int64
 
 void finish_any(const LearnedBackward& args, int64_t begin, int64_t end) {
   const int64_t chunks = args.walk.chunks;
-  Lanes lanes;
   for (int64_t group = begin; group < end; ++group) {
-    const LearnedSums* sums = args.sums + group * chunks;
-    const int64_t used = lanes_of(chunks);
-    clear(&lanes, used);
-    for (int64_t k = 0; k < chunks; ++k) {
-      lanes.scale[k % kLanes] += sums[k].scale;
-      lanes.zero_point[k % kLanes] += sums[k].zero_point;
-    }
-    const LearnedSums total = fold(&lanes, used);
-    args.grad_scale[group] = static_cast<float>(total.scale);
-    args.grad_zero_point[group] = static_cast<float>(total.zero_point);
+    const PairSums total = total_of_chunks(args.sums + group * chunks, chunks);
+    args.grad_scale[group] = static_cast<float>(total.first);
+    args.grad_zero_point[group] = static_cast<float>(total.second);
   }
 }
 
