@@ -38,6 +38,16 @@ PYOBS_HD void pack_bits(uint8_t* flags, int64_t n, int bit, uint8_t* bytes) {
   }
 }
 
+// The other way round, from the first bit of a byte on: writes a flag for each bit of the bytes
+// that n elements have.
+PYOBS_HD void unpack_bits(const uint8_t* bytes, int64_t n, uint8_t* flags) {
+  for (int64_t i = 0; i * 8 < n; ++i) {
+    const uint64_t each = bytes[i] * 0x0101010101010101u & 0x8040201008040201u;
+    const uint64_t found = (each + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+    __builtin_memcpy(flags + i * 8, &found, sizeof(found));
+  }
+}
+
 // Calls body(begin, count, flags) for blocks of [0, n), and packs their flags.
 template <class Body>
 PYOBS_HD void for_each_block(int64_t n, int64_t first, uint8_t* mask, const Body& body) {

@@ -4,6 +4,7 @@ from .choose_qparams import choose_qparams
 from .fake_quantize import fake_quantize
 from .histogram import histogram, histogram_combine
 from .kl_search import kl_search
+from .learnable_clip import learnable_clip
 from .learnable_fake_quantize import learnable_fake_quantize
 from .log_histogram import log_columns, log_edges, log_histogram, mantissa_bits_of
 from .lp_search import lp_error, lp_search
@@ -19,6 +20,7 @@ __all__ = [
     "histogram",
     "histogram_combine",
     "kl_search",
+    "learnable_clip",
     "learnable_fake_quantize",
     "log_columns",
     "log_edges",

@@ -55,15 +55,19 @@ def unpack_mask(mask: Tensor, numel: int) -> Tensor:
     return ((mask.unsqueeze(1) >> shifts) & 1).reshape(-1)[:numel]
 
 
-def check_backward(op: str, grad: Tensor, mask: Tensor) -> None:
+def check_dense_gradient(op: str, grad: Tensor) -> None:
     _checks.check_input(op, "grad", grad)
-    _checks.check_state(op, "mask", mask, (torch.uint8,), mask_bytes(grad))
-    _checks.check_same_device(op, grad, {"mask": mask})
     if grad.numel() and not is_dense(grad):
         raise ValueError(
             f"{op}: grad: expected a dense tensor, laid out as the forward's output, "
             f"got shape {tuple(grad.shape)} with strides {grad.stride()}"
         )
+
+
+def check_backward(op: str, grad: Tensor, mask: Tensor) -> None:
+    check_dense_gradient(op, grad)
+    _checks.check_state(op, "mask", mask, (torch.uint8,), mask_bytes(grad))
+    _checks.check_same_device(op, grad, {"mask": mask})
 
 
 def in_memory_order(grad: Tensor) -> Tensor:

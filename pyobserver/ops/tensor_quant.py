@@ -27,12 +27,7 @@ _HALF_MAX = torch.finfo(torch.float16).max
 _OP, _FAKE = "tensor_quant", "fake_tensor_quant"
 
 
-def _check(
-    op: str, inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool
-) -> None:
-    _checks.check_input(op, "inputs", inputs)
-    _checks.check_input(op, "amax", amax)
-    _checks.check_same_device(op, inputs, {"amax": amax})
+def check_grid(op: str, num_bits: int, unsigned: bool, narrow_range: bool) -> None:
     if isinstance(num_bits, bool) or not isinstance(num_bits, (int, torch.SymInt)):
         raise TypeError(f"{op}: num_bits: expected an integer, got {type(num_bits).__name__}")
     if not 0 <= num_bits <= MOST_BITS:
@@ -40,6 +35,15 @@ def _check(
     for name, flag in (("unsigned", unsigned), ("narrow_range", narrow_range)):
         if not isinstance(flag, bool):
             raise TypeError(f"{op}: {name}: expected a bool, got {type(flag).__name__}")
+
+
+def _check(
+    op: str, inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool
+) -> None:
+    _checks.check_input(op, "inputs", inputs)
+    _checks.check_input(op, "amax", amax)
+    _checks.check_same_device(op, inputs, {"amax": amax})
+    check_grid(op, num_bits, unsigned, narrow_range)
     missing = inputs.dim() - amax.dim()
     if missing < 0 or any(
         size not in (1, whole)

@@ -248,6 +248,22 @@ def tensor_quant(layout: str | None = None) -> Work:
     return run
 
 
+def learnable_clip(layout: str) -> Work:
+    """Its values, the bits of both bounds, and the gradients, whose sums are taken in one order."""
+
+    def run(op: Op, x: Tensor) -> Sequence[Tensor]:
+        x = shaped(x.dtype, layout, x.device)
+        low, high = (torch.tensor(bound, device=x.device) for bound in (-2.1, 1.7))
+        found = []
+        for grid in ((), (4,), (8, False, False)):
+            alone = op("_learnable_clip")(x, low, high, *grid)
+            y, mask = op("_learnable_clip_mask")(x, low, high, *grid)
+            found += [alone, y, mask, *op("_learnable_clip_backward")(y.nan_to_num(0.5), mask)]
+        return found
+
+    return run
+
+
 def learnable_fake_quantize(layout: str) -> Work:
     """Its values, and the gradients, whose sums are taken in one order."""
 
@@ -345,7 +361,8 @@ WORK: dict[str, Work] = {
     "tensor_quant_transposed": tensor_quant("transposed"),
     "tensor_quant_sliced": tensor_quant("sliced"),
     **{
-        f"learnable_fake_quantize_{layout}": learnable_fake_quantize(layout)
+        f"learnable_{name}_{layout}": work(layout)
+        for name, work in (("clip", learnable_clip), ("fake_quantize", learnable_fake_quantize))
         for layout in ("contiguous", "transposed", "sliced")
     },
     **{

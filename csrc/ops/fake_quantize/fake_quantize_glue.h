@@ -78,9 +78,11 @@ inline QuantGrid quant_grid(DType dtype, int64_t quant_min, int64_t quant_max, b
           per_group && (dtype == DType::float64 || float_zero_point || !narrow)};
 }
 
+inline int64_t mask_bytes(const Tensor& x) { return (x.numel() + 7) / 8; }
+
 // One bit for each element of x.
 inline Tensor empty_mask(const Tensor& x) {
-  const int64_t bytes = (x.numel() + 7) / 8;
+  const int64_t bytes = mask_bytes(x);
   const int64_t stride = 1;
   return empty_strided(x, {&bytes, 1}, {&stride, 1}, aoti_torch_dtype_uint8());
 }
@@ -157,11 +159,15 @@ inline std::tuple<Tensor, Tensor> fake_quantize_mask(
   return {y, mask};
 }
 
-inline void check_backward(const char* op, const Tensor& grad, const Tensor& mask) {
-  check_state(op, "mask", mask, grad, ScalarType::Byte);
-  check_numel(op, "mask", mask, (grad.numel() + 7) / 8);
+inline void check_dense_gradient(const char* op, const Tensor& grad) {
   check(grad.numel() == 0 || Layout::of_output(grad, {}).dense, op,
         ": grad: expected a dense tensor, laid out as the forward's output");
+}
+
+inline void check_backward(const char* op, const Tensor& grad, const Tensor& mask) {
+  check_state(op, "mask", mask, grad, ScalarType::Byte);
+  check_numel(op, "mask", mask, mask_bytes(grad));
+  check_dense_gradient(op, grad);
 }
 
 }  // namespace pyobserver

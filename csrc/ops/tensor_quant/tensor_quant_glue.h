@@ -46,6 +46,11 @@ class AmaxGrouping {
   Grouping grouping_;
 };
 
+inline void check_num_bits(const char* op, int64_t num_bits) {
+  check(num_bits >= 0 && num_bits <= kMostBits, op, ": num_bits: expected an integer in [0, ",
+        kMostBits, "], got ", num_bits);
+}
+
 struct TensorQuantArgs {
   const Tensor& x;
   Tensor amax;  // contiguous
@@ -63,8 +68,7 @@ inline Tensor tensor_quant_any(const char* op, const Tensor& inputs, const Tenso
   input_dtype(op, "inputs", inputs);
   input_dtype(op, "amax", amax);
   check(on_one_device(amax, inputs), op, ": amax: expected a tensor on the device of inputs");
-  check(num_bits >= 0 && num_bits <= kMostBits, op, ": num_bits: expected an integer in [0, ",
-        kMostBits, "], got ", num_bits);
+  check_num_bits(op, num_bits);
   return tensor_quant_forward(
       op,
       {inputs, amax.is_contiguous() ? amax : torch::stable::contiguous(amax),
