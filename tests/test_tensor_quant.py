@@ -564,6 +564,20 @@ def test_learned_amax_goes_down_the_loss() -> None:
     assert float(quantizer.clip.clip_value_max.detach()) > 2.5
 
 
+def test_calibrates_the_learned_amax_unclipped() -> None:
+    """What comes after sees no values clipped to bounds that are yet to be found."""
+    first, second = (TensorQuantizer(QuantDescriptor(learn_amax=True)) for _ in range(2))
+    x = sample(50)
+    for quantizer in (first, second):
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+    assert second(first(x)) is x
+    for quantizer in (first, second):
+        quantizer.disable_calib()
+        quantizer.load_calib_amax()
+        assert_same(quantizer.amax, x.abs().max())
+
+
 def test_switches_of_the_clip() -> None:
     x = sample(50)
     quantizer = TensorQuantizer(QuantDescriptor(learn_amax=True))

@@ -60,7 +60,8 @@ class TensorQuantizer(StatisticsModule):
 
     Source: ``TensorQuantizer`` of NVIDIA's pytorch-quantization, whose ``state_dict`` loads.
     Without its switch to torch's own fake-quantize, and with ``narrow_range`` handed on to
-    ``tensor_quant`` too.
+    ``tensor_quant`` too. There what is calibrated and not quantized is clipped to the bounds that
+    are yet to be found.
     """
 
     _amax: Tensor
@@ -180,7 +181,7 @@ class TensorQuantizer(StatisticsModule):
         self._disabled = False
 
     def disable_quant(self) -> None:
-        """Do not quantize; clip and gather statistics as before."""
+        """Do not quantize; gather statistics as before, or else clip."""
         self._if_quant = False
 
     def enable_quant(self) -> None:
@@ -367,7 +368,8 @@ class TensorQuantizer(StatisticsModule):
             self._collect(inputs.detach())
         if self._if_quant:
             return self._quantize(inputs)
-        return self.clip(inputs) if self._if_clip else inputs
+        # bounds that are yet to be calibrated clip nothing that others are calibrated with
+        return self.clip(inputs) if self._if_clip and not self._if_calib else inputs
 
     def extra_repr(self) -> str:
         if self._disabled:
