@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops.cases import assert_same, sample
+from ops.cases import DTYPES, assert_same, sample
 from torch import Tensor, nn
 
 import pyobserver as po
@@ -21,6 +21,7 @@ from pyobserver.tensor_quant import (
     TensorQuantizer,
     fake_tensor_quant,
 )
+from pyobserver.tensor_quant.descriptor import CALIB_METHODS
 
 CHANGED: dict[str, Any] = {
     "num_bits": 4,
@@ -506,9 +507,10 @@ def test_gradient_passes_where_amax_allows() -> None:
     assert_same(x.grad, (x.detach().abs() <= 2).float())
 
 
-def test_learned_clip() -> None:
-    """PACT: what is clipped sends its gradient to the bound."""
-    clip = Clip(-1.0, 2.0)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_learned_clip(dtype: torch.dtype) -> None:
+    """PACT: what is clipped sends its gradient to the bound, whatever the module's dtype."""
+    clip = Clip(-1.0, 2.0).to(dtype)
     x = torch.tensor([-3.0, -1.0, -0.5, 0.0, 2.0, 2.5, 7.0, torch.nan], requires_grad=True)
     y = clip(x)
     assert_same(y, torch.tensor([-1.0, -1.0, -0.5, 0.0, 2.0, 2.0, 2.0, torch.nan]))
@@ -519,24 +521,84 @@ def test_learned_clip() -> None:
     assert clip.clip_value_max.grad == 112
 
 
+@pytest.mark.parametrize("fake_quant", [True, False])
+@pytest.mark.parametrize("amax", [2.0, 2.7, 1.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_learned_amax(dtype: torch.dtype) -> None:
+def test_learned_amax(dtype: torch.dtype, amax: float, fake_quant: bool) -> None:
+    """Also where the dtype rounds it up, beyond itself: it learns all the same."""
     x = sample(500, dtype).requires_grad_()
-    quantizer = TensorQuantizer(QuantDescriptor(learn_amax=True, amax=2.0, narrow_range=True))
+    quantizer = TensorQuantizer(
+        QuantDescriptor(learn_amax=True, amax=amax, narrow_range=True, fake_quant=fake_quant)
+    )
     y = quantizer(x)
-    assert_same(y, fake_tensor_quant(x.detach(), torch.tensor(2.0)))
+    bound = torch.tensor(amax).to(dtype)
     grad = sample(500, dtype, 1)
     y.backward(grad)
     values = x.detach()
-    assert_same(x.grad, torch.where(values.abs() < 2, grad, 0.0))
+    if fake_quant:
+        clipped = values.clamp(-bound, bound)
+        assert_same(y, fake_tensor_quant(clipped, torch.tensor(amax)))
+    else:
+        assert y.abs().max() == 127
+    assert_same(x.grad, torch.where(values.abs() < bound, grad, 0.0))
     bounds = quantizer.clip.clip_value_min, quantizer.clip.clip_value_max
-    for bound, clipped in zip(bounds, (values <= -2, values >= 2), strict=True):
-        assert bound.grad.dtype == torch.float32
-        assert bound.grad == pytest.approx(float(grad[clipped].float().sum()), rel=1e-5)
-    # the farther bound is the amax
+    for each, clipped in zip(bounds, (values <= -bound, values >= bound), strict=True):
+        assert each.grad.dtype == torch.float32
+        assert each.grad == pytest.approx(float(grad[clipped].float().sum()), rel=1e-5)
+
+
+def test_the_farther_bound_is_the_amax() -> None:
+    x = sample(500)
+    quantizer = TensorQuantizer(QuantDescriptor(learn_amax=True, amax=2.0, narrow_range=True))
     with torch.no_grad():
-        bounds[1].fill_(3.0)
-    assert_same(quantizer(values), fake_tensor_quant(values.clamp(-2, 3), torch.tensor(3.0)))
+        quantizer.clip.clip_value_max.fill_(3.0)
+    assert_same(quantizer(x), fake_tensor_quant(x.clamp(-2, 3), torch.tensor(3.0)))
+
+
+@pytest.mark.parametrize("method", CALIB_METHODS)
+def test_learned_from_what_any_method_found(method: str) -> None:
+    """Starting from its amax, which is kept, a training step learns on."""
+    descriptor = QuantDescriptor(4, learn_amax=True, calib_method=method, narrow_range=True)
+    quantizer = calibrated(TensorQuantizer(descriptor), [sample(3000), sample(3000, seed=1)])
+    quantizer.load_calib_amax()
+    quantizer.init_learn_amax()
+    found = quantizer.amax.clone()
+    for bound, sign in ((quantizer.clip.clip_value_min, -1), (quantizer.clip.clip_value_max, 1)):
+        assert_same(bound.detach(), sign * found)
+    x = 2 * sample(3000, seed=2)  # some of which each of them clips
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = (quantizer(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[1] < losses[0]
+    assert_same(quantizer.amax, found)
+    assert quantizer.clip.clip_value_max > found
+
+
+def test_learned_amax_trains_with_a_model() -> None:
+    """Bounds too wide at 3 bits come down in front of a classifier, and its loss with them."""
+    centers = torch.eye(4).repeat(1, 4) * 2
+    labels = torch.arange(256) % 4
+    x = centers[labels] + sample((256, 16)) / 3
+    model = nn.Sequential(
+        nn.Linear(16, 24),
+        TensorQuantizer(QuantDescriptor(3, learn_amax=True, amax=1.0, narrow_range=True)),
+        nn.Linear(24, 4),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
+    assert float(model[1].clip.clip_value_max.detach()) != 1.0
 
 
 def test_learned_amax_goes_down_the_loss() -> None:

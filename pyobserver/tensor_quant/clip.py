@@ -6,30 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-
-class _ClipFunction(torch.autograd.Function):
-    """The gradient goes to the value strictly inside the bounds, else to the bound that is met."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs, low, high)
-        return torch.clamp(inputs, low, high).to(inputs.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, low, high = ctx.saved_tensors
-        below, above = inputs <= low, inputs >= high
-        to_low = torch.where(below, grad, 0.0).sum(dtype=low.dtype)
-        to_high = torch.where(above, grad, 0.0).sum(dtype=high.dtype)
-        to_inputs = torch.where(below | above, 0.0, grad)
-        return to_inputs, to_low.reshape(low.shape), to_high.reshape(high.shape)
+from ..ops.learnable_clip import learnable_clip
 
 
 class Clip(nn.Module):
-    """Clip to two bounds, which are learned.
+    """Clip to two bounds, which are learned, see :func:`pyobserver.ops.learnable_clip`.
 
     The gradient of a bound is the sum of the gradients of the values that it clips (Choi et al.,
     "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018).
@@ -37,10 +19,10 @@ class Clip(nn.Module):
     Args:
         clip_value_min, clip_value_max: where the bounds begin.
 
-    Parameters: ``clip_value_min``, ``clip_value_max``: float32, 0-d.
+    Parameters: ``clip_value_min``, ``clip_value_max``: float32, 0-d; of another dtype, where the
+    module was converted to one, they are read as float32.
 
-    Source: ``Clip`` and ``ClipFunction`` of NVIDIA's pytorch-quantization. There a clipped gradient
-    that is NaN stays one.
+    Source: ``Clip`` of NVIDIA's pytorch-quantization.
     """
 
     def __init__(self, clip_value_min: float, clip_value_max: float):
@@ -48,5 +30,7 @@ class Clip(nn.Module):
         self.clip_value_min = nn.Parameter(torch.tensor(clip_value_min, dtype=torch.float32))
         self.clip_value_max = nn.Parameter(torch.tensor(clip_value_max, dtype=torch.float32))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return _ClipFunction.apply(inputs, self.clip_value_min, self.clip_value_max)
+    def forward(self, inputs: Tensor, *grid: Any) -> Tensor:
+        """``inputs`` clipped, and with a grid (``num_bits, unsigned, narrow_range``) quantized."""
+        low, high = self.clip_value_min.float(), self.clip_value_max.float()
+        return learnable_clip(inputs, low, high, *grid)

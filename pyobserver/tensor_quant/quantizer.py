@@ -348,13 +348,16 @@ class TensorQuantizer(StatisticsModule):
         return amax if self._scale_amax is None else amax * self._scale_amax
 
     def _quantize(self, inputs: Tensor) -> Tensor:
+        grid = self._num_bits, self._unsigned, self._narrow_range
         if self._learn_amax:
+            if self._fake_quant:
+                return self.clip(inputs, *grid)
             inputs = self.clip(inputs)
-            bounds = -self.clip.clip_value_min, self.clip.clip_value_max
-            amax = torch.maximum(*bounds).detach()
+            amax = torch.maximum(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
+            if inputs.dtype.itemsize < amax.dtype.itemsize:
+                amax = amax.to(inputs.dtype)  # so that what was clipped to it is within it
         else:
             amax = self._amax_of(inputs)
-        grid = self._num_bits, self._unsigned, self._narrow_range
         if self._fake_quant:
             return fake_tensor_quant(inputs, amax, *grid)
         outputs, self._scale = tensor_quant(inputs, amax, *grid)
