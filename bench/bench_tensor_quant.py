@@ -58,7 +58,7 @@ def _chain(x: Tensor, amax: Tensor, unsigned: bool = False) -> tuple[Tensor, Ten
     return outputs.to(dtype), scale.to(dtype)
 
 
-def _fake_chain(x: Tensor, amax: Tensor, unsigned: bool = False) -> Tensor:
+def fake_chain(x: Tensor, amax: Tensor, unsigned: bool = False) -> Tensor:
     outputs, scale = _chain(x, amax, unsigned)
     return outputs / scale
 
@@ -84,7 +84,7 @@ def _forward(
         amax = _amax(x, axis)
         calls = contenders(
             device,
-            lambda: _fake_chain(x, amax, unsigned),
+            lambda: fake_chain(x, amax, unsigned),
             lambda: lambda: fake_tensor_quant(x, amax, 8, unsigned),
         )
         return calls | limit_call(limit, x)
@@ -106,7 +106,7 @@ def _make_autograd(size: int, device: str) -> dict[str, Call]:
 
     def reference() -> Tensor:
         with torch.no_grad():
-            _fake_chain(x, amax)
+            fake_chain(x, amax)
             return torch.where(x.abs() <= amax, grad, grad.new_zeros(1))
 
     def ours() -> Call:
