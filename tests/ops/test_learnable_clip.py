@@ -115,6 +115,20 @@ def test_layouts(backend: Backend, layout: str, dtype: torch.dtype) -> None:
         check(backend, laid_out(layout, dtype, backend.device), bounds_of(), grid, grid)
 
 
+@pytest.mark.parametrize("size", range(1, 18))
+def test_the_mask(backend: Backend, size: int) -> None:
+    """A plane for each bound, in the order of memory; what is beyond the last element is 0."""
+    x = sample((size, 3), seed=size).t()
+    for bounds in ((0.5, 1.0), (-1.0, -0.5), (0.5, 0.0)):
+        _, mask = backend.op("_learnable_clip_mask")(
+            x.to(backend.device), *bounds_of(*bounds, backend.device)
+        )
+        met = [[bool(v <= bounds[0]), bool(v >= bounds[1])] for v in x.t().reshape(-1)]
+        planes = [sum(one[i] << at for at, one in enumerate(met)) for i in range(2)]
+        expected = [list(plane.to_bytes(mask.shape[1], "little")) for plane in planes]
+        assert mask.tolist() == expected, bounds
+
+
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_odd_storage_offsets(backend: Backend, dtype: torch.dtype, offset: int) -> None:
