@@ -640,6 +640,21 @@ def test_calibrates_the_learned_amax_unclipped() -> None:
         assert_same(quantizer.amax, x.abs().max())
 
 
+def test_learned_amax_of_an_empty_batch() -> None:
+    """Without a gradient of 0 the other ranks of DDP would wait for one."""
+    quantizer = TensorQuantizer(QuantDescriptor(learn_amax=True, axis=None))
+    for switch_off in (lambda: None, quantizer.disable_quant):
+        switch_off()
+        quantizer.zero_grad()
+        y = quantizer(torch.empty(0, 6))
+        assert y.shape == (0, 6)
+        y.sum().backward()
+        assert [p.grad.item() for p in quantizer.parameters()] == [0.0, 0.0]
+    quantizer.disable()
+    x = torch.empty(0, 6)
+    assert quantizer(x) is x
+
+
 def test_switches_of_the_clip() -> None:
     x = sample(50)
     quantizer = TensorQuantizer(QuantDescriptor(learn_amax=True))

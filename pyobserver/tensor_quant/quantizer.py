@@ -365,14 +365,22 @@ class TensorQuantizer(StatisticsModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs`` quantized, clipped or as they are; shaped as inputs."""
-        if self._disabled or inputs.numel() == 0:
+        if self._disabled:
             return inputs
+        if inputs.numel() == 0:
+            return self._clip_empty(inputs)
         if self._if_calib:
             self._collect(inputs.detach())
         if self._if_quant:
             return self._quantize(inputs)
         # bounds that are yet to be calibrated clip nothing that others are calibrated with
         return self.clip(inputs) if self._if_clip and not self._if_calib else inputs
+
+    def _clip_empty(self, inputs: Tensor) -> Tensor:
+        """Of no values the bounds have a gradient of 0: DDP waits for one, on every rank."""
+        return (
+            self.clip(inputs) if self._learn_amax and (self._if_quant or self._if_clip) else inputs
+        )
 
     def extra_repr(self) -> str:
         if self._disabled:
