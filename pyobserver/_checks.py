@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,7 +25,7 @@ def _describe(value: object) -> str:
 
 
 def check_input(op: str, name: str, x: Tensor) -> None:
-    """A tensor to observe or to quantize: dense, real, floating-point."""
+    """A tensor to observe or to quantize: dense, real, floating-point, of this process."""
     if (
         not isinstance(x, Tensor)
         or x.is_quantized
@@ -35,6 +36,17 @@ def check_input(op: str, name: str, x: Tensor) -> None:
             f"{op}: {name}: expected a dense tensor of float32, float64, float16 or bfloat16, "
             f"got {_describe(x)}"
         )
+    if _is_dtensor(x):
+        raise TypeError(
+            f"{op}: {name}: expected a tensor of this process (x.to_local(), or x.full_tensor()), "
+            f"got a DTensor with placements {x.placements}"  # type: ignore[attr-defined]
+        )
+
+
+def _is_dtensor(x: object) -> bool:
+    """Whether a tensor is spread over the ranks, without an import where none can be."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(x, kind)
 
 
 def check_state(

@@ -27,6 +27,7 @@ from torch import nn
 
 import pyobserver as po
 from pyobserver.distributed import sync
+from pyobserver.tensor_quant import QuantDescriptor, TensorQuantizer
 
 SCRIPT = Path(__file__).with_name("distributed_ranks.py")
 EXACT: dict[str, Callable[[], Any]] = {
@@ -97,6 +98,31 @@ def test_one_rank_keeps_what_it_has(name: str) -> None:
 def test_one_rank_without_observers() -> None:
     sync(nn.Linear(2, 2))
     sync([])
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_tensor_of_all_ranks_is_refused(differentiable: bool) -> None:
+    """torch's error names an op, or nothing; inside FSDP's forward there is none to refuse."""
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    x = tensor.distribute_tensor(torch.randn(6, 4), mesh, [tensor.Shard(0)])
+    x.requires_grad_(differentiable)
+    modules: list[Callable[[Any], Any]] = [
+        make() for make in (*MERGED.values(), po.FakeQuantize, po.FusedMovingAvgObsFakeQuantize)
+    ]
+    modules.append(po.default_per_channel_weight_fake_quant())
+    modules.append(po.FakeQuantize(po.LogHistogramObserver))
+    modules += [TensorQuantizer(), TensorQuantizer(QuantDescriptor(amax=1.0))]
+    grid = torch.ones(1), torch.zeros(1), -128, 127
+    modules.append(lambda x: po.ops.fake_quantize(x, *grid))
+    modules.append(lambda x: po.ops.learnable_fake_quantize(x, *grid))
+    match = r"(x|inputs): expected a tensor of this process .*, got a DTensor with placements"
+    for module in modules:
+        before = state_bytes(module) if isinstance(module, nn.Module) else None
+        with pytest.raises(TypeError, match=match):
+            module(x)
+        assert before is None or state_bytes(module) == before
 
 
 @pytest.mark.parametrize(
