@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .fake_quantize import FakeQuantize
 from .observers import ObserverBase, merging
 
 __all__ = ["sync"]
@@ -36,11 +37,12 @@ def sync(
     * Memoryless and dynamic observers, and those that gather no statistics (fixed parameters,
       placeholders, recorders): left as they are.
 
-    The scale and zero point of a fake-quantize are left as they are too: its next forward with the
-    observer on writes them, and ``calculate_qparams`` gives those of all the data.
+    The scale and zero point of each of a module's fake-quantizes (:class:`FakeQuantize`, whatever
+    its switches say) are then those of all the data; where no rank was fed, as they were.
 
     Call it once, when all the data is seen: counts that are summed again are counted once a rank.
-    To go on observing after it, reset the observers of all ranks but one.
+    To go on observing after it, reset the observers of all ranks but one. Least and greatest values
+    and moving averages may be synced as often as wanted.
 
     Args:
         model_or_observers: a module, whose observers are synced, also those inside its
@@ -59,13 +61,25 @@ def sync(
     Source: the ``sync_minmax`` of Horizon's observers, for least and greatest values.
     """
     observers = _observers(model_or_observers)
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            "sync: torch.distributed: expected an initialized process group "
-            "(torch.distributed.init_process_group), got none"
-        )
+    _check_initialized("sync")
     if dist.get_world_size(group) < 2:  # -1 outside the group
         return
+    _merge(observers, group)
+    if isinstance(model_or_observers, nn.Module):
+        with torch.no_grad():
+            for module in _fake_quantizes(model_or_observers, observers):
+                module.update_scale()
+
+
+def _check_initialized(owner: str) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{owner}: torch.distributed: expected an initialized process group "
+            "(torch.distributed.init_process_group), got none"
+        )
+
+
+def _merge(observers: dict[str, Any], group: Any) -> None:
     device = _reduction_device(list(observers.values()), group)
     groups = _agreed_groups(observers, device, group)
 
@@ -74,6 +88,14 @@ def sync(
 
     with torch.no_grad():
         merging.merge([list(observers.values())], groups, device, reduce)
+
+
+def _fake_quantizes(model: nn.Module, observers: dict[str, Any]) -> Iterator[FakeQuantize]:
+    """Those whose scale is of these observers."""
+    synced = {id(observer) for observer in observers.values()}
+    for module in model.modules():
+        if isinstance(module, FakeQuantize) and id(module.activation_post_process) in synced:
+            yield module
 
 
 def _observers(given: Any) -> dict[str, Any]:

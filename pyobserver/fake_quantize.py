@@ -220,12 +220,26 @@ class FakeQuantize(FakeQuantizeBase):
             watcher(x.detach())
         else:
             return
-        self._choose_qparams(watcher)
+        self._choose_qparams(watcher, self.observer_enabled)
 
-    def _choose_qparams(self, watcher: Any) -> None:
+    def update_scale(self) -> None:
+        """Choose scale and zero point by the statistics as they are; of none they stay.
+
+        Whether the observer is on or off; without a device sync, but where the observer is a
+        host's.
+        """
+        watcher = self.activation_post_process
+        fed = self.observer_enabled
+        if isinstance(watcher, UniformQuantizationObserverBase):
+            if watcher.min_val.numel() == 0:
+                return
+            fed = ~(watcher.min_val > watcher.max_val).all()  # a NaN was fed
+        self._choose_qparams(watcher, fed)
+
+    def _choose_qparams(self, watcher: Any, enabled: Tensor) -> None:
         if isinstance(watcher, UniformQuantizationObserverBase):
             self._resize(watcher.min_val)
-            watcher.write_qparams(self.scale, self.zero_point, self.observer_enabled)
+            watcher.write_qparams(self.scale, self.zero_point, enabled)
         else:
             scale, zero_point = watcher.calculate_qparams()
             self._resize(scale)
@@ -328,9 +342,9 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         if self.qscheme != torch.per_channel_affine_float_qparams:
             self._mapping = "fused_symmetric" if self.is_symmetric_quant else "fused_affine"
 
-    def _choose_qparams(self, watcher: Any) -> None:
+    def _choose_qparams(self, watcher: Any, enabled: Tensor) -> None:
         if self._mapping is None:
-            super()._choose_qparams(watcher)
+            super()._choose_qparams(watcher, enabled)
             return
         self._resize(watcher.min_val)
         choose_qparams(
@@ -343,7 +357,7 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
             watcher.quant_max,
             self._mapping,
             0,
-            self.observer_enabled,
+            enabled,
         )
 
 

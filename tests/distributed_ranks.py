@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import pyobserver as po
+from pyobserver import horizon
 from pyobserver.distributed import sync
 
 CHANNELS = 5
@@ -60,9 +61,11 @@ def mine_and_all(make: Make, unfed: int | None = None) -> tuple[Any, Any]:
     return fed(make, [dist.get_rank()], unfed), fed(make, [*range(dist.get_world_size())], unfed)
 
 
-def state_bytes(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+OWN = ("scale", "zero_point")
+
+
+def state_bytes(module: nn.Module, own: tuple[str, ...] = OWN) -> dict[str, tuple[Any, ...]]:
     """Every buffer but the fake-quantizes' own."""
-    own = ("scale", "zero_point")
     return {
         name: (tuple(b.shape), b.dtype, b.numpy().tobytes())
         for name, b in module.named_buffers()
@@ -70,9 +73,9 @@ def state_bytes(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def assert_same_on_all_ranks(module: nn.Module) -> None:
+def assert_same_on_all_ranks(module: nn.Module, own: tuple[str, ...] = OWN) -> None:
     states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state_bytes(module))
+    dist.all_gather_object(states, state_bytes(module, own))
     assert all(state == states[0] for state in states)
 
 
@@ -121,14 +124,54 @@ class Model(nn.Module):
 def exact_statistics_are_those_of_one_process() -> None:
     for unfed in (None, 0, dist.get_world_size() - 1):
         mine, everything = mine_and_all(Model, unfed)
-        scale = mine.quantized.scale.clone()
         sync(mine)
         assert state_bytes(mine) == state_bytes(everything)
-        assert torch.equal(mine.quantized.scale, scale)
+        assert torch.equal(mine.quantized.scale, everything.quantized.scale)
         mine(batches(7)[0])  # goes on, the unfed rank too
         everything(batches(7)[0])
         assert state_bytes(mine) == state_bytes(everything)
         assert torch.equal(mine.quantized.scale, everything.quantized.scale)
+
+
+def the_scale_of_a_fake_quantize_is_that_of_all_the_data() -> None:
+    average = {"averaging_constant": 0.5}
+    makes: tuple[Make, ...] = (
+        lambda: po.FakeQuantize(po.LogHistogramObserver),
+        lambda: po.FakeQuantize(po.MovingAverageMinMaxObserver, **average),
+        lambda: po.FusedMovingAvgObsFakeQuantize(**average),
+        lambda: po.FusedMovingAvgObsFakeQuantize(
+            po.MovingAveragePerChannelMinMaxObserver,
+            quant_min=-127,
+            quant_max=127,
+            dtype=torch.qint8,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=1,
+            **average,
+        ),
+        lambda: horizon.FakeQuantize(horizon.HistogramObserver, is_sync_quantize=False),
+    )
+    for make in makes:
+        for unfed in (None, 0):
+            mine = fed(make, [dist.get_rank()], unfed)
+            mine.disable_observer()
+            sync(mine)
+            expected = make()
+            expected.load_state_dict(mine.state_dict())
+            with torch.no_grad():  # the statistics decide, and a forward has them chosen
+                expected.scale.fill_(7.0)
+            expected.update_scale()
+            assert torch.equal(mine.scale, expected.scale)
+            assert torch.equal(mine.zero_point, expected.zero_point)
+            assert_same_on_all_ranks(mine, own=())
+    fixed = po.FixedQParamsFakeQuantize(po.FixedQParamsObserver.with_args(scale=0.1, zero_point=3))
+    last = po.FakeQuantize(po.MinMaxObserver, memoryless=True)
+    unfed = po.FakeQuantize(po.MinMaxObserver)
+    for module in (fixed, last, unfed):
+        if module is not unfed:
+            module(batches(dist.get_rank())[0])
+        scale = module.scale.clone()
+        sync(module)
+        assert torch.equal(module.scale, scale)
 
 
 def observers_may_be_given_one_or_several() -> None:
@@ -391,6 +434,7 @@ def buffers_are_updated_in_place() -> None:
 
 CHECKS: tuple[Callable[[], None], ...] = (
     exact_statistics_are_those_of_one_process,
+    the_scale_of_a_fake_quantize_is_that_of_all_the_data,
     observers_may_be_given_one_or_several,
     many_observers_cost_as_many_reductions_as_one,
     no_rank_fed,

@@ -150,6 +150,22 @@ def test_batches_that_are_empty() -> None:
         assert_all_same(list(ours.buffers()), before, config)
 
 
+def test_update_scale() -> None:
+    """By the statistics as they are, with the observer off too; of none it stays."""
+    for config in CONFIGS:
+        ours, _ = pair(config)
+        ours.scale.fill_(0.25)
+        ours.update_scale()
+        assert set(ours.scale.tolist()) == {0.25}
+        ours(STREAMS["normal"][0])
+        expected = ours.scale.clone(), ours.zero_point.clone()
+        ours.disable_observer()
+        ours.scale.fill_(0.25)
+        ours.zero_point.zero_()
+        ours.update_scale()
+        assert_all_same([ours.scale, ours.zero_point], expected, config)
+
+
 def test_switches() -> None:
     model = nn.Sequential(po.FakeQuantize(), nn.Linear(3, 3), po.FusedMovingAvgObsFakeQuantize())
     fakes = (model[0], model[2])

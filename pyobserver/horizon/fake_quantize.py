@@ -133,9 +133,9 @@ class FakeQuantize(engine.FakeQuantize):
         self._follow_observer()
         self.update_scale()
 
-    def _choose_qparams(self, watcher: Any) -> None:
+    def _choose_qparams(self, watcher: Any, enabled: Tensor | None = None) -> None:
         self._resize(watcher.min_val.numel())
-        watcher.write_qparams(self.scale, self.zero_point)
+        watcher.write_qparams(self.scale, self.zero_point, enabled)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` as the state says: itself, or rounded to the grid, shaped as x."""
