@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .fake_quantize import FakeQuantize
 from .observers import ObserverBase, merging
 
-__all__ = ["sync"]
+__all__ = ["SyncHandle", "sync", "sync_after_forward"]
 
 _UNSIZED = 2**62  # more channels or blocks than any
 
@@ -42,7 +44,8 @@ def sync(
 
     Call it once, when all the data is seen: counts that are summed again are counted once a rank.
     To go on observing after it, reset the observers of all ranks but one. Least and greatest values
-    and moving averages may be synced as often as wanted.
+    and moving averages may be synced as often as wanted. In training, see
+    :func:`sync_after_forward`.
 
     Args:
         model_or_observers: a module, whose observers are synced, also those inside its
@@ -71,6 +74,82 @@ def sync(
                 module.update_scale()
 
 
+class SyncHandle:
+    """What :func:`sync_after_forward` registered; :meth:`remove` takes it away again."""
+
+    def __init__(self, *hooks: RemovableHandle):
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        """Let each rank observe for itself from now on; on every rank before its next forward."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None) -> SyncHandle:
+    """Sync a model's statistics over the ranks after each of its forwards in training mode.
+
+    For training on several ranks: each forward folds a rank's own batch into the statistics, and
+    then all ranks take in those of the others. So every forward begins with the statistics of all
+    data before it, the same bytes on every rank, and every rank's buffers may be saved as those of
+    all. Without it the statistics are of the first rank's data alone where DDP broadcasts buffers
+    (as it does by default, before each forward), and where it does not, or under FSDP, of each
+    rank's own.
+
+    The rules are those of :func:`sync`, but counts add up however often: least and greatest values
+    and log histograms are what one process has that sees the batches of all. A moving average is
+    that of the mean over the ranks of the ends that each saw, an empty batch standing for no
+    change. The scale and zero point of a fake-quantize whose observer is on are chosen once more.
+
+    All ranks must run the model together, as DDP and FSDP want it too, one that has an empty batch
+    among them. In eval mode nothing is sent: a rank may validate alone. A forward costs the
+    all-reduces of :func:`sync`, five at most, and waits for them.
+
+    Args:
+        model: what is called in training: all ranks' have the same state before the first forward.
+            Of DistributedDataParallel its module is meant. Observers that are added later are
+            synced from the next forward on.
+        group: see :func:`sync`.
+
+    Returns:
+        What removes it; a model is pickled without it. Copies go on to sync.
+
+    Raises:
+        TypeError: no module.
+        RuntimeError: no process group is initialized.
+        ValueError (in forward): as :func:`sync`.
+    """
+    owner = "sync_after_forward"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{owner}: model: expected a module, got {type(model).__name__}")
+    _check_initialized(owner)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # whose forward begins when DDP has broadcast the buffers
+    counted: dict[str, Any] = {}
+
+    @torch.compiler.disable
+    def before(module: nn.Module, args: Any) -> None:
+        counted.clear()
+        if module.training and dist.get_rank(group) != 0:  # which brings what all have
+            observers = _observers(module)
+            counted.update((name, merging.as_it_is(each)) for name, each in observers.items())
+
+    @torch.compiler.disable
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if not module.training or dist.get_world_size(group) < 2:
+            return
+        observers = _observers(module)
+        _merge(observers, group, [counted.get(name) for name in observers])
+        with torch.no_grad():
+            for fake in _fake_quantizes(module, observers):
+                fake._choose_qparams(fake.activation_post_process, fake.observer_enabled)
+
+    return SyncHandle(
+        model.register_forward_pre_hook(before, prepend=True),
+        model.register_forward_hook(after),
+    )
+
+
 def _check_initialized(owner: str) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -79,7 +158,7 @@ def _check_initialized(owner: str) -> None:
         )
 
 
-def _merge(observers: dict[str, Any], group: Any) -> None:
+def _merge(observers: dict[str, Any], group: Any, counted: Sequence[Any] = ()) -> None:
     device = _reduction_device(list(observers.values()), group)
     groups = _agreed_groups(observers, device, group)
 
@@ -87,7 +166,7 @@ def _merge(observers: dict[str, Any], group: Any) -> None:
         dist.all_reduce(flat, getattr(dist.ReduceOp, operation.upper()), group)
 
     with torch.no_grad():
-        merging.merge([list(observers.values())], groups, device, reduce)
+        merging.merge([list(observers.values())], groups, device, reduce, counted)
 
 
 def _fake_quantizes(model: nn.Module, observers: dict[str, Any]) -> Iterator[FakeQuantize]:

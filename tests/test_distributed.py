@@ -26,10 +26,12 @@ from distributed_ranks import (
 from torch import nn
 
 import pyobserver as po
-from pyobserver.distributed import sync
+from pyobserver.distributed import sync, sync_after_forward
 from pyobserver.tensor_quant import QuantDescriptor, TensorQuantizer
 
-SCRIPT = Path(__file__).with_name("distributed_ranks.py")
+with_processes = pytest.mark.skipif(
+    not dist.is_available(), reason="torch without torch.distributed"
+)
 EXACT: dict[str, Callable[[], Any]] = {
     "MinMax": po.MinMaxObserver,
     "PerChannel": lambda: po.PerChannelMinMaxObserver(ch_axis=1),
@@ -53,13 +55,12 @@ def fed(make: Callable[[], Any], *ranks: int) -> Any:
     return observer
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.once)])
-def test_processes(ranks: int) -> None:
+def passed_by(script: str, ranks: int) -> list[str]:
+    """The checks that every one of some processes passed."""
     run = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(ranks), str(SCRIPT)),
+            *("--nproc-per-node", str(ranks), str(Path(__file__).with_name(script))),
         ],
         env={
             **os.environ,
@@ -72,8 +73,22 @@ def test_processes(ranks: int) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-6000:]
-    passed = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("passed ")]
-    assert passed == [check.__name__ for check in CHECKS]
+    return [line.split()[1] for line in run.stdout.splitlines() if line.startswith("passed ")]
+
+
+@with_processes
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.once)])
+def test_processes(ranks: int) -> None:
+    assert passed_by("distributed_ranks.py", ranks) == [check.__name__ for check in CHECKS]
+
+
+@with_processes
+@pytest.mark.once
+def test_processes_in_training() -> None:
+    """Its checks are not imported here: they take a second's worth of torch.distributed."""
+    passed = passed_by("training_ranks.py", 2)
+    assert passed[0] == "ranks_stay_alike_under_ddp"
+    assert passed[-1] == "a_sharded_model_is_saved_and_loaded"
 
 
 @pytest.fixture
@@ -98,6 +113,27 @@ def test_one_rank_keeps_what_it_has(name: str) -> None:
 def test_one_rank_without_observers() -> None:
     sync(nn.Linear(2, 2))
     sync([])
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_one_rank_in_training() -> None:
+    model, alone = nn.Sequential(po.FakeQuantize()), nn.Sequential(po.FakeQuantize())
+    with counting_all_reduces() as calls:
+        handle = sync_after_forward(model)
+        for batch in batches(1):
+            assert torch.equal(model(batch), alone(batch))
+    assert not calls
+    assert state_bytes(model, own=()) == state_bytes(alone, own=())
+    handle.remove()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_sync_after_forward_of_what_it_cannot() -> None:
+    with pytest.raises(TypeError, match="model: expected a module, got list"):
+        sync_after_forward([po.MinMaxObserver()])  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"sync_after_forward: .* expected an initialized"):
+        sync_after_forward(po.MinMaxObserver())
 
 
 @pytest.mark.usefixtures("one_rank")

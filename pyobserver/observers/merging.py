@@ -7,6 +7,7 @@ in a few reductions: one an operation and dtype.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ class _Rule(NamedTuple):
     pack: Callable[[Any, State, str, State], Tensor]
     # of what came of it, and the buffer as it was: the merged buffer
     unpack: Callable[[Tensor, Tensor], Tensor]
+    counts: bool = False  # whether what is reduced adds up, value by value
 
 
 def _keys(values: Tensor) -> Tensor:
@@ -78,6 +80,7 @@ _RULES = {
         torch.int64,
         lambda observer, state, name, merged: state[name],
         lambda total, old: total,
+        counts=True,
     ),
     "mean": _Rule(
         "sum",
@@ -93,6 +96,7 @@ _RULES = {
             merged["min_val"], merged["max_val"]
         ),
         lambda total, old: total,
+        counts=True,
     ),
 }
 # in this order: the bins ask for the merged range
@@ -137,6 +141,7 @@ def merge(
     groups: Sequence[tuple[int, ...]],
     device: torch.device,
     reduce: Reduce,
+    counted: Sequence[Any | None] = (),
 ) -> None:
     """Merge parts, lists of like observers, one by one, into the first, in place.
 
@@ -146,14 +151,24 @@ def merge(
         device: where to reduce.
         reduce: called for what the parts came to together, the same number of times with tensors
             of the same sizes for the same observers. Nothing is written before the last call.
+        counted: of each observer of the first part None, or what it was (:func:`as_it_is`) when
+            another that ``reduce`` takes in was the same: only what it counted since then is added.
     """
     states = [[_sized(*sized) for sized in zip(part, groups, strict=True)] for part in parts]
     merged: list[State] = [{} for _ in groups]
     for stage in _STAGES:
-        _merge_stage(stage, parts, states, merged, device, reduce)
+        _merge_stage(stage, parts, states, counted, groups, merged, device, reduce)
     for observer, state in zip(parts[0], merged, strict=True):
         for name, value in state.items():
             _write(observer, name, value)
+
+
+def as_it_is(observer: Any) -> Any:
+    """An observer with copies of the statistics, to compare with later."""
+    kept = copy.copy(observer)
+    buffers = {name: kept._buffers[name].clone() for name in observer._merges}
+    kept.__dict__["_buffers"] = {**observer._buffers, **buffers}
+    return kept
 
 
 def _sized(observer: Any, groups: tuple[int, ...]) -> State:
@@ -171,6 +186,8 @@ def _merge_stage(
     stage: tuple[str, torch.dtype],
     parts: Sequence[Sequence[Any]],
     states: list[list[State]],
+    counted: Sequence[Any | None],
+    groups: Sequence[tuple[int, ...]],
     merged: list[State],
     device: torch.device,
     reduce_ranks: Reduce,
@@ -188,6 +205,10 @@ def _merge_stage(
         [rule.pack(part[i], state[i], name, merged[i]) for i, name, rule in places]
         for part, state in zip(parts, states, strict=True)
     ]
+    for place, (i, name, rule) in enumerate(places):
+        if rule.counts and counted and counted[i] is not None:
+            before = rule.pack(counted[i], _sized(counted[i], groups[i]), name, merged[i])
+            packed[0][place] = (packed[0][place] - before).clamp(min=0)
     flat = [torch.cat([piece.reshape(-1).to(device) for piece in pieces]) for pieces in packed]
     operation = stage[0]
     total = reduce(torch.minimum if operation == "min" else torch.add, flat)
