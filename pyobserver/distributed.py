@@ -18,6 +18,7 @@ from .observers import ObserverBase, merging
 __all__ = ["SyncHandle", "sync", "sync_after_forward"]
 
 _UNSIZED = 2**62  # more channels or blocks than any
+_MARK = "_syncs_statistics"  # of a hook
 
 
 def sync(
@@ -100,6 +101,7 @@ def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None)
     and log histograms are what one process has that sees the batches of all. A moving average is
     that of the mean over the ranks of the ends that each saw, an empty batch standing for no
     change. The scale and zero point of a fake-quantize whose observer is on are chosen once more.
+    Observers of Horizon with ``is_sync_quantize`` are left alone: they see all ranks' data anyway.
 
     All ranks must run the model together, as DDP and FSDP want it too, one that has an empty batch
     among them. In eval mode nothing is sent: a rank may validate alone. A forward costs the
@@ -117,7 +119,7 @@ def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None)
     Raises:
         TypeError: no module.
         RuntimeError: no process group is initialized.
-        ValueError (in forward): as :func:`sync`.
+        ValueError: the model, or a module in it, is synced already. In forward: as :func:`sync`.
     """
     owner = "sync_after_forward"
     if not isinstance(model, nn.Module):
@@ -125,29 +127,42 @@ def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None)
     _check_initialized(owner)
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forward begins when DDP has broadcast the buffers
+    for name, module in model.named_modules():
+        if any(getattr(hook, _MARK, False) for hook in module._forward_hooks.values()):
+            raise ValueError(
+                f"{owner}: model: expected one that is not synced after its forwards yet, "
+                f"got {name or 'one'} that is: values would be counted twice"
+            )
     counted: dict[str, Any] = {}
 
     @torch.compiler.disable
     def before(module: nn.Module, args: Any) -> None:
         counted.clear()
         if module.training and dist.get_rank(group) != 0:  # which brings what all have
-            observers = _observers(module)
+            observers = _not_synced_in_forward(module)
             counted.update((name, merging.as_it_is(each)) for name, each in observers.items())
 
     @torch.compiler.disable
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if not module.training or dist.get_world_size(group) < 2:
             return
-        observers = _observers(module)
+        observers = _not_synced_in_forward(module)
         _merge(observers, group, [counted.get(name) for name in observers])
         with torch.no_grad():
             for fake in _fake_quantizes(module, observers):
                 fake._choose_qparams(fake.activation_post_process, fake.observer_enabled)
 
+    setattr(after, _MARK, True)
     return SyncHandle(
         model.register_forward_pre_hook(before, prepend=True),
         model.register_forward_hook(after),
     )
+
+
+def _not_synced_in_forward(model: nn.Module) -> dict[str, Any]:
+    """The observers but for those, of Horizon, whose every forward takes in all ranks' tensors."""
+    observers = _observers(model)
+    return {name: each for name, each in observers.items() if not getattr(each, "syncs", False)}
 
 
 def _check_initialized(owner: str) -> None:

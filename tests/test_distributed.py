@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -124,7 +125,11 @@ def test_one_rank_in_training() -> None:
             assert torch.equal(model(batch), alone(batch))
     assert not calls
     assert state_bytes(model, own=()) == state_bytes(alone, own=())
+    for again in (model, nn.Sequential(model), copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"expected one that is not synced .*counted twice"):
+            sync_after_forward(again)
     handle.remove()
+    sync_after_forward(model).remove()
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 

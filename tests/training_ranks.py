@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import pyobserver as po
+from pyobserver import horizon
 from pyobserver.distributed import sync, sync_after_forward
 from pyobserver.tensor_quant import QuantDescriptor, TensorQuantizer
 
@@ -171,6 +172,16 @@ def moving_averages_take_the_mean_of_the_ranks() -> None:
     before = state_bytes(mine, own=())
     sync(mine)  # of ranks that are alike: again and again the same
     assert state_bytes(mine, own=()) == before
+
+
+def what_syncs_itself_is_left_alone() -> None:
+    mine = nn.Sequential(horizon.HistogramObserver(), horizon.MinMaxObserver())
+    everything = horizon.HistogramObserver(is_sync_quantize=False)
+    sync_after_forward(mine)
+    for step in range(2):
+        everything(torch.cat([batch(rank, step) for rank in range(2)]))
+        mine(batch(dist.get_rank(), step))
+    assert state_bytes(mine[0]) == state_bytes(everything)
 
 
 def linear_histograms_count_each_value_once() -> None:
@@ -379,6 +390,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     ranks_stay_alike_under_ddp,
     statistics_are_those_of_one_process,
     moving_averages_take_the_mean_of_the_ranks,
+    what_syncs_itself_is_left_alone,
     linear_histograms_count_each_value_once,
     without_it_ddp_keeps_those_of_the_first_rank,
     gradients_are_those_of_all_the_data,
