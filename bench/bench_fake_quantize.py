@@ -31,6 +31,7 @@ from .cases import (
     of_layout,
     runs,
     weight,
+    with_gradient,
 )
 
 # the package has the function under the module's name
@@ -46,6 +47,18 @@ def _qparams(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros(channels, dtype=torch.int32, device=x.device)
 
 
+def _calls(x: Tensor, axis: int | None) -> tuple[Call, Call]:
+    """torch's and ours."""
+    scale, zero_point = _qparams(x, axis)
+
+    def reference() -> Tensor:
+        if axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, -128, 127)
+
+    return reference, lambda: fake_quantize(x, scale, zero_point, -128, 127, axis)
+
+
 def _forward(
     name: str,
     tensor: Callable[[Any, str], Tensor],
@@ -55,19 +68,19 @@ def _forward(
 ) -> Case:
     def make(size: Any, device: str) -> dict[str, Call]:
         x = tensor(size, device)
-        scale, zero_point = _qparams(x, axis)
-
-        def reference() -> Tensor:
-            if axis is None:
-                return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
-            return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, -128, 127)
-
-        def ours() -> Call:
-            return lambda: fake_quantize(x, scale, zero_point, -128, 127, axis)
-
-        return contenders(device, reference, ours) | limit_call(limit, x)
+        reference, ours = _calls(x, axis)
+        return contenders(device, reference, lambda: ours) | limit_call(limit, x)
 
     return Case(name, make, bytes_moved=8, limit=limit, **more)
+
+
+def _both_ways(name: str, tensor: Callable[[Any, str], Tensor], axis: int | None = None) -> Case:
+    def make(size: Any, device: str) -> dict[str, Call]:
+        x = tensor(size, device).detach().requires_grad_()
+        reference, ours = (with_gradient(call, x) for call in _calls(x, axis))
+        return contenders(device, reference, lambda: ours) | limit_call("copy_", x)
+
+    return Case(name, make, bytes_moved=16 + 2 * _MASK, limit="copy_")
 
 
 def _make_mask(size: int, device: str) -> dict[str, Call]:
@@ -92,21 +105,6 @@ def _make_backward(size: int, device: str) -> dict[str, Call]:
     # torch's backward is this product
     calls = contenders(device, lambda: x * mask, lambda: lambda: _ops._op_backward(x, bits))
     return calls | limit_call("copy_", x)
-
-
-def _make_autograd(size: int, device: str) -> dict[str, Call]:
-    x = normal((size,), device).detach().requires_grad_()
-    scale, zero_point = _qparams(x, None)
-    grad = torch.ones_like(x)
-
-    def reference() -> tuple[Tensor, ...]:
-        y = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -128, 127)
-        return torch.autograd.grad(y, x, grad)
-
-    def ours() -> Call:
-        return lambda: torch.autograd.grad(fake_quantize(x, scale, zero_point, -128, 127), x, grad)
-
-    return contenders(device, reference, ours) | limit_call("copy_", x)
 
 
 def _make_blocks(size: int, device: str) -> dict[str, Call]:
@@ -148,12 +146,8 @@ CASES = [
     Case("fake_quantize into a given tensor", _make_out, bytes_moved=8, limit="copy_"),
     Case("fake_quantize with mask", _make_mask, bytes_moved=8 + _MASK, limit="copy_"),
     Case("fake_quantize backward", _make_backward, bytes_moved=8 + _MASK, limit="copy_"),
-    Case(
-        "fake_quantize forward and backward",
-        _make_autograd,
-        bytes_moved=16 + 2 * _MASK,
-        limit="copy_",
-    ),
+    _both_ways("fake_quantize forward and backward", flat),
+    _both_ways("fake_quantize forward and backward, axis 0", weight, 0),
     _forward("fake_quantize, axis 0", channels_first, 0, **BY_CHANNELS),
     _forward("fake_quantize, axis 1", channels_middle, 1, **BY_CHANNELS),
     _forward("fake_quantize, last axis", channels_end, 1, **BY_CHANNELS),

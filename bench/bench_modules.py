@@ -38,6 +38,7 @@ from .cases import (
     of_layout,
     runs,
     weight,
+    with_gradient,
 )
 
 _MASK = 1 / 8  # bytes an element
@@ -68,14 +69,15 @@ def _forward(
     return Case(name, make, bytes_moved, limit, **more)
 
 
-def _autograd(name: str, factory: Factory, **more: Any) -> Case:
+def _autograd(
+    name: str, factory: Factory, tensor: Callable[[Any, str], Tensor] = flat, **more: Any
+) -> Case:
     def make(size: int, device: str) -> dict[str, Call]:
-        x = normal((size,), device).detach().requires_grad_()
-        grad = torch.ones_like(x)
+        x = tensor(size, device).detach().requires_grad_()
 
         def bind(host: ModuleType) -> Call:
             module = factory(host).to(device)
-            return lambda: torch.autograd.grad(module(x), x, grad)
+            return with_gradient(lambda: module(x), x)
 
         calls = contenders(device, bind(torch_ao), partial(bind, pyobserver))
         return calls | limit_call("copy_", x)
@@ -214,6 +216,11 @@ CASES = [
     _fake_quantize(
         "FakeQuantize, axis 0", partial(_of_weight, fake_quantize="FakeQuantize"), weight
     ),
+    _autograd(
+        "FakeQuantize, axis 0, forward and backward",
+        partial(_of_weight, fake_quantize="FakeQuantize"),
+        weight,
+    ),
     _fake_quantize(
         "FakeQuantize over HistogramObserver",
         lambda host: host.FakeQuantize(observer=host.HistogramObserver),
@@ -222,6 +229,11 @@ CASES = [
     _autograd("FusedMovingAvgObsFakeQuantize, forward and backward", _fused),
     _fake_quantize(
         "FusedMovingAvgObsFakeQuantize, axis 0",
+        partial(_of_weight, fake_quantize="FusedMovingAvgObsFakeQuantize"),
+        weight,
+    ),
+    _autograd(
+        "FusedMovingAvgObsFakeQuantize, axis 0, forward and backward",
         partial(_of_weight, fake_quantize="FusedMovingAvgObsFakeQuantize"),
         weight,
     ),

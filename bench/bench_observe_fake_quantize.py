@@ -16,6 +16,7 @@ from .cases import (
     flat,
     limit_call,
     weight,
+    with_gradient,
 )
 
 _CONSTANT = 0.01
@@ -69,10 +70,9 @@ def _case(
 ) -> Case:
     def make(size: int, device: str) -> dict[str, Call]:
         x = tensor(size, device).detach().requires_grad_(grad)
-        ones = torch.ones_like(x)
 
         def of(call: Call) -> Call:
-            return (lambda: torch.autograd.grad(call(), x, ones)) if grad else call
+            return with_gradient(call, x) if grad else call
 
         def ours() -> Call:
             state = _state(x, axis)
@@ -92,6 +92,13 @@ CASES = [
     _case("observe_fake_quantize, fused affine", flat, "fused_affine"),
     _case("observe_fake_quantize, fused symmetric, axis 0", weight, "fused_symmetric", 0),
     _case("observe_fake_quantize forward and backward", flat, "fused_affine", grad=True),
+    _case(
+        "observe_fake_quantize forward and backward, axis 0",
+        weight,
+        "fused_symmetric",
+        0,
+        grad=True,
+    ),
 ]
 
 

@@ -116,6 +116,12 @@ def limit_call(limit: str | None, x: Tensor) -> dict[str, Call]:
     return {"copy_": lambda: out.copy_(x)}
 
 
+def with_gradient(call: Callable[[], Any], x: Tensor) -> Call:
+    """The call, and then the gradient of ``x`` from one of ones."""
+    grad = torch.ones_like(x)
+    return lambda: torch.autograd.grad(call(), x, grad)
+
+
 @lru_cache(maxsize=4)
 def normal(shape: tuple[int, ...], device: str) -> Tensor:
     """Drawn where it will lie: on the host a second for 10^8 values."""
