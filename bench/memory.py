@@ -43,7 +43,7 @@ def traced() -> Iterator[None]:
     try:
         x = normal((_CHECKED_ELEMENTS,), "cpu")
         for call, expected in ((x.clone, x.nbytes), (x.aminmax, 0)):
-            found, _ = _peak(call)
+            found, _ = grown(call)
             if abs(found - expected) > RESOLUTION:
                 raise OSError(f"a call that takes {expected:,} bytes seems to take {found:,}")
         yield
@@ -59,7 +59,7 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _peak(call: Call) -> tuple[int, int]:
+def grown(call: Call) -> tuple[int, int]:
     """(bytes more at the peak of the call than before, bytes more while its result lives)"""
     libc = ctypes.CDLL(None)
     call()  # what is allocated once
@@ -90,7 +90,7 @@ def _peak_on_cuda(call: Call) -> tuple[int, int]:
 
 def peaks(calls: Mapping[str, Call], device: str) -> dict[str, int]:
     """Peak bytes by contender; ``result``: what of them the call of the reference returns."""
-    measure = _peak_on_cuda if torch.device(device).type == "cuda" else _peak
+    measure = _peak_on_cuda if torch.device(device).type == "cuda" else grown
     found = {}
     for name in ("reference", "fallback", "native"):
         if name in calls:
