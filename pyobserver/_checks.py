@@ -36,14 +36,14 @@ def check_input(op: str, name: str, x: Tensor) -> None:
             f"{op}: {name}: expected a dense tensor of float32, float64, float16 or bfloat16, "
             f"got {_describe(x)}"
         )
-    if _is_dtensor(x):
+    if is_dtensor(x):
         raise TypeError(
             f"{op}: {name}: expected a tensor of this process (x.to_local(), or x.full_tensor()), "
             f"got a DTensor with placements {x.placements}"  # type: ignore[attr-defined]
         )
 
 
-def _is_dtensor(x: object) -> bool:
+def is_dtensor(x: object) -> bool:
     """Whether a tensor is spread over the ranks, without an import where none can be."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(x, kind)

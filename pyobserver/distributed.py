@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from ._checks import is_dtensor
 from .fake_quantize import FakeQuantize
 from .observers import ObserverBase, merging
 
@@ -41,7 +42,8 @@ def sync(
       placeholders, recorders): left as they are.
 
     The scale and zero point of each of a module's fake-quantizes (:class:`FakeQuantize`, whatever
-    its switches say) are then those of all the data; where no rank was fed, as they were.
+    its switches say; :class:`LearnableFakeQuantize` while its observer is on) are then those of all
+    the data; where no rank was fed, as they were.
 
     Call it once, when all the data is seen: counts that are summed again are counted once a rank.
     To go on observing after it, reset the observers of all ranks but one. Least and greatest values
@@ -185,10 +187,12 @@ def _merge(observers: dict[str, Any], group: Any, counted: Sequence[Any] = ()) -
 
 
 def _fake_quantizes(model: nn.Module, observers: dict[str, Any]) -> Iterator[FakeQuantize]:
-    """Those whose scale is of these observers."""
+    """Those whose scale is of these observers, but for the learned ones that FSDP has sharded."""
     synced = {id(observer) for observer in observers.values()}
     for module in model.modules():
-        if isinstance(module, FakeQuantize) and id(module.activation_post_process) in synced:
+        if not isinstance(module, FakeQuantize) or is_dtensor(module.scale):
+            continue
+        if id(module.activation_post_process) in synced:
             yield module
 
 

@@ -129,7 +129,7 @@ class LearnableFakeQuantize(FakeQuantize):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` rounded to the grid, shaped as x; while the observer is on, updates the scale."""
         if x.numel() == 0:
-            return x
+            return self._of_nothing(x)
         own = self.__dict__  # an attribute of an nn.Module costs a fiftieth of the call
         buffers = own["_buffers"]
         watched = None
@@ -158,17 +158,23 @@ class LearnableFakeQuantize(FakeQuantize):
         if not isinstance(self.activation_post_process, FixedQParamsObserver):
             super()._observe(x)
 
-    def _choose_qparams(self, watcher: Any) -> None:
+    def _of_nothing(self, x: Tensor) -> Tensor:
+        """The parameters have a gradient of 0: DDP waits for one, on every rank."""
+        learned = [p for p in (self.scale, self.zero_point) if p.requires_grad]
+        return sum(((p.sum() * 0.0).to(x.dtype) for p in learned), start=x)
+
+    def _choose_qparams(self, watcher: Any, enabled: Tensor) -> None:
+        enabled = (enabled != 0) & (self.observer_enabled != 0)  # off, they are the optimizer's
         if not isinstance(watcher, UniformQuantizationObserverBase):
             self._write(*watcher.calculate_qparams())
             return
         self._resize(watcher.min_val)
         scale, zero_point = self.scale.detach(), self.zero_point.detach()
         if scale.dtype == torch.float32:
-            watcher.write_qparams(scale, zero_point, self.observer_enabled)
+            watcher.write_qparams(scale, zero_point, enabled)
             return
         chosen = scale.float(), zero_point.float()
-        watcher.write_qparams(*chosen, self.observer_enabled)
+        watcher.write_qparams(*chosen, enabled)
         self._write(*chosen)
 
     def _resize(self, like: Tensor) -> None:

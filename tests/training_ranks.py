@@ -82,6 +82,13 @@ class Model(nn.Module):
             po.FakeQuantize(po.PerChannelMinMaxObserver, **per_channel),
             po.FakeQuantize(po.HistogramObserver, bins=64),
             po.FakeQuantize(counts),
+            po.LearnableFakeQuantize(counts, grad_factor="features"),
+            po.LearnableFakeQuantize(
+                po.MovingAveragePerChannelMinMaxObserver,
+                grad_factor="features",
+                num_channels=HIDDEN,
+                **per_channel,
+            ),
             TensorQuantizer(QuantDescriptor(learn_amax=True, amax=2.0)),
         )
         self.last = QuantizedLinear(HIDDEN, OUT)
@@ -129,6 +136,13 @@ def ranks_stay_alike_under_ddp() -> None:
             train(model, unfed=unfed)
             assert_same_parameters(model)
             assert_same_on_all_ranks(model, own=())
+            model.apply(po.enable_param_learning)
+            scale = model.module.between[5].scale.detach().clone()
+            train(model, unfed=unfed)
+            assert_same_parameters(model)
+            assert not torch.equal(model.module.between[5].scale, scale)
+            sync(model)  # which leaves what is learned
+            assert_same_parameters(model)
 
 
 def statistics_are_those_of_one_process() -> None:
@@ -316,6 +330,25 @@ def fsdp_trains_as_ddp_does() -> None:
     assert state_bytes(model, own=()) == state_bytes(expected.module, own=())
 
 
+def fsdp_learns_scales_as_ddp_does() -> None:
+    """After an estimate that came before ``fully_shard``, by which the scales are sharded too."""
+    model = linears()
+    with torch.no_grad():
+        model(batch(0, 0))
+    po.make_learnable(model, grad_factor="features").apply(po.enable_param_learning)
+    expected = DistributedDataParallel(copy.deepcopy(model))
+    sharded(model)
+    start = full(model[0].weight_fake_quant.scale.detach()).clone()
+    for each in (model, expected):
+        sync_after_forward(each)
+        train(each)
+        sync(each)
+    assert isinstance(model[0].weight_fake_quant.scale, DTensor)
+    assert not torch.equal(full(model[0].weight_fake_quant.scale.detach()), start)
+    for got, want in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(full(got.detach()), want.detach())
+
+
 def fsdp_without_it_keeps_each_rank_s_own() -> None:
     model = sharded(linears())
     train(model, range(1))
@@ -399,6 +432,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     a_saved_state_goes_on,
     under_compile,
     fsdp_trains_as_ddp_does,
+    fsdp_learns_scales_as_ddp_does,
     fsdp_without_it_keeps_each_rank_s_own,
     fsdp_in_mixed_precision_keeps_statistics_in_float32,
     fsdp_with_checkpoints_has_the_same_gradients,
