@@ -61,6 +61,8 @@ MAKES: dict[str, Callable[[], nn.Module]] = {
     "Fixed": po.default_fixed_qparams_range_neg1to1_fake_quant,
     "Dynamic": po.default_dynamic_fake_quant,
     "Learnable": Learnable,
+    "LearnableFakeQuantize": po.LearnableFakeQuantize,
+    "LearnableFakeQuantize, learning": lambda: po.LearnableFakeQuantize().enable_param_learning(),
     "TensorQuantizer": TensorQuantizer,
     "TensorQuantizer of rows": lambda: TensorQuantizer(QuantDescriptor(axis=0)),
     "TensorQuantizer to integers": lambda: TensorQuantizer(QuantDescriptor(fake_quant=False)),
