@@ -99,18 +99,19 @@ def of_paper(
 
 
 @pytest.mark.parametrize("kind", ["elements", "features"])
-@pytest.mark.parametrize("name", ["affine", "symmetric", "rows", "columns"])
+@pytest.mark.parametrize("name", ["affine", "symmetric", "unsigned_symmetric", "rows", "columns"])
 def test_is_lsq(name: str, kind: str) -> None:
     """The gradients of the papers; n: all elements of a scale, or those of a sample."""
     module = learning(name, grad_factor=kind)
     x = batch(1) * 1.3
     found = step(module, x)
     grid = module.quant_min, module.quant_max
-    counts = {"affine": (96, 16), "symmetric": (96, 16), "rows": (16, 16), "columns": (6, 1)}
-    n = counts[name][kind == "features"]
+    counts = {"rows": (16, 16), "columns": (6, 1)}
+    n = counts.get(name, (96, 16))[kind == "features"]
+    steps = {"unsigned_symmetric": 255 - 128}.get(name, module.quant_max)
     leaves = [t.detach().double().requires_grad_() for t in (x, module.scale, module.zero_point)]
     shape = {"rows": (-1, 1)}.get(name, (1, -1))
-    y = of_paper(leaves[0], *(t.reshape(shape) for t in leaves[1:]), grid, n, module.quant_max)
+    y = of_paper(leaves[0], *(t.reshape(shape) for t in leaves[1:]), grid, n, steps)
     weight = sample(SHAPE, seed=9).double()
     grads = torch.autograd.grad((y * weight).sum(), leaves)
     expected = dict(zip(["x", "scale", "zero_point"], grads, strict=True))
