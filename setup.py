@@ -40,8 +40,9 @@ class CMakeBuild(build_ext):
         destination = ROOT if self.inplace else Path(self.build_lib).resolve()
         package = destination / "pyobserver"
         note = package / "_build_note.txt"
-        for stale in (*package.glob("_C.*.so"), *package.glob("libpyobserver*.so")):
-            stale.unlink()  # of an earlier build, perhaps for another Python or without CUDA
+        for pattern in ("_C.*.so", "_autograd.*.so", "libpyobserver*.so"):
+            for stale in package.glob(pattern):
+                stale.unlink()  # of an earlier build, perhaps for another Python or without CUDA
         reason = self.reason_for_none()
         if reason is None:
             self.build_native(destination)
@@ -100,13 +101,24 @@ class CMakeBuild(build_ext):
         install = [cmake, "--install", str(build), "--prefix", str(destination)]
         try:
             subprocess.run(configure, check=True)
-            subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
+            compile = [cmake, "--build", str(build), "-j", jobs, "--target", "all"]
+            if subprocess.run([*compile, "_autograd"]).returncode != 0:
+                self.build_without_autograd(compile, build)
             subprocess.run(install, check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(
                 f"pyobserver: the native build failed ({shlex.join(error.cmd[:2])} …, messages "
                 "above); PYOBSERVER_NATIVE=0 installs the pure-PyTorch package instead"
             )
+
+    def build_without_autograd(self, compile: "list[str]", build: Path) -> None:
+        """_autograd uses torch's C++ API, which changes: where it fails, Python serves."""
+        subprocess.run(compile, check=True)
+        if NATIVE == "require":
+            sys.exit("pyobserver: PYOBSERVER_NATIVE=require, but _autograd failed (messages above)")
+        for stale in build.glob("_autograd.*.so"):
+            stale.unlink()  # of another torch
+        self.warn("_autograd does not compile with this torch: gradients go through Python")
 
     def get_outputs(self) -> "list[str]":
         return []

@@ -13,17 +13,33 @@ from typing import Any
 import torch
 
 import pyobserver
-from pyobserver.ops._library import eager_call
+from pyobserver.ops._autograd import with_gradient
+from pyobserver.ops._library import eager_call, implement_autograd
 
 _LIBRARIES: list[torch.library.Library] = []  # an op lasts as long as its library
 
 
+def _modules() -> Iterator[ModuleType]:
+    for info in pkgutil.iter_modules(pyobserver.ops.__path__):
+        yield importlib.import_module(f"{pyobserver.ops.__name__}.{info.name}")
+
+
 def _ops() -> Iterator[tuple[ModuleType, str, Any]]:
     """(module, attribute, the op bound there)"""
-    for info in pkgutil.iter_modules(pyobserver.ops.__path__):
-        module = importlib.import_module(f"{pyobserver.ops.__name__}.{info.name}")
+    for module in _modules():
         for attribute in [name for name in vars(module) if name.startswith("_op")]:
             yield module, attribute, getattr(module, attribute)
+
+
+def _calls() -> Iterator[tuple[ModuleType, str, tuple[Any, ...]]]:
+    """(module, attribute, the ops of the differentiable call bound there)"""
+    for module in _modules():
+        for attribute in [name for name in vars(module) if name.startswith("_call")]:
+            yield module, attribute, getattr(module, attribute).ops
+
+
+def _name(op: Any) -> str:
+    return str(op._schema.name).partition("::")[2]
 
 
 def registered(
@@ -37,35 +53,39 @@ def registered(
     """
     library = torch.library.Library(namespace, "DEF")
     _LIBRARIES.append(library)
-    found = {}
     for module, attribute, op in _ops():
-        schema = str(op._schema).partition("::")[2]
-        name = schema.partition("(")[0]
-        library.define(schema)
+        library.define(str(op._schema).partition("::")[2])
         if kernel is not None:
-            library.impl(name, kernel(module, attribute), "CompositeExplicitAutograd")
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        found[name] = getattr(getattr(torch.ops, namespace), name).default
+            library.impl(_name(op), kernel(module, attribute), "CompositeExplicitAutograd")
+    masked = {_name(op): (_name(mask), _name(back)) for _, _, (op, mask, back) in _calls()}
+    found = {}
+    for _, _, op in _ops():
+        implement_autograd(library, _name(op), masked.get(_name(op)))
+        found[_name(op)] = getattr(getattr(torch.ops, namespace), _name(op)).default
     return found
 
 
 @contextmanager
 def rebound(ops: Mapping[str, Any]) -> Iterator[None]:
     """Within it the package's functions and classes call these ops, given by their names."""
-    before = []
-    for module, attribute, op in list(_ops()):
-        ours = ops[op._schema.name.partition("::")[2]]
-        bindings = {attribute: ours}
-        if attribute == "_op" and hasattr(module, "_eager"):
-            bindings["_eager"] = eager_call(ours)
-        for name, value in bindings.items():
-            before.append((module, name, getattr(module, name)))
-            setattr(module, name, value)
+    bindings = [(module, attribute, ops[_name(op)]) for module, attribute, op in _ops()]
+    bindings += [
+        (module, "_eager", eager_call(ours))
+        for module, attribute, ours in bindings
+        if attribute == "_op" and hasattr(module, "_eager")
+    ]
+    bindings += [
+        (module, attribute, with_gradient(*(ops[_name(op)] for op in called)))
+        for module, attribute, called in _calls()
+    ]
+    before = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in bindings]
     try:
+        for module, attribute, value in bindings:
+            setattr(module, attribute, value)
         yield
     finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+        for module, attribute, value in before:
+            setattr(module, attribute, value)
 
 
 @cache

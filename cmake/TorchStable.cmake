@@ -39,3 +39,4 @@ target_include_directories(pyobserver_torch SYSTEM INTERFACE ${torch_dir}/includ
 target_compile_definitions(pyobserver_torch INTERFACE TORCH_TARGET_VERSION=${target_version})
 target_link_libraries(pyobserver_torch INTERFACE ${torch_dir}/lib/libtorch_cpu.so)
 set(PYOBSERVER_TORCH_LIB ${torch_dir}/lib)
+set(PYOBSERVER_TORCH_INCLUDE ${torch_dir}/include)

@@ -16,6 +16,7 @@ import torch
 _HERE = Path(__file__).parent
 _NOTE = _HERE / "_build_note.txt"  # why the install built nothing
 _BUILD_MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+_AUTOGRAD_MODULE = "_autograd" + sysconfig.get_config_var("EXT_SUFFIX")
 _LIBRARIES = {"cpu": "libpyobserver.so", "cuda": "libpyobserver_cuda.so"}
 
 
@@ -28,6 +29,8 @@ class NativeStatus:
         reason: why the CPU ones are not; None where they are.
         cuda_reason: the same of the CUDA ones.
         build: the pybind11 module ``pyobserver._C``, or None.
+        autograd: ``pyobserver._autograd``, the ops' autograd in C++, or None: it is in Python.
+        autograd_reason: why it is in Python.
     """
 
     cpu: bool
@@ -35,6 +38,8 @@ class NativeStatus:
     reason: str | None
     cuda_reason: str | None
     build: ModuleType | None
+    autograd: ModuleType | None = None
+    autograd_reason: str | None = "the kernels are not compiled"
 
 
 def _library_folder() -> Path:
@@ -62,14 +67,27 @@ def _load_library(folder: Path, device: str) -> str | None:
     return None
 
 
-def _import_build_module(folder: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pyobserver._C", folder / _BUILD_MODULE)
+def _import_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"pyobserver.{path.name.split('.')[0]}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
     return module
+
+
+def _import_autograd(folder: Path, build_torch: str) -> ModuleType | str:
+    """The module, or why there is none. Unlike the kernels it is of one version of torch alone."""
+    path = folder / _AUTOGRAD_MODULE
+    if not path.exists():
+        return f"{path.name} was not built"
+    if build_torch != torch.__version__:
+        return f"{path.name} was built for torch {build_torch}, and this is {torch.__version__}"
+    try:
+        return _import_module(path)
+    except ImportError as error:
+        return f"{path.name} does not load under torch {torch.__version__}: {error}"
 
 
 def _load() -> NativeStatus:
@@ -94,7 +112,7 @@ def _load() -> NativeStatus:
             stacklevel=2,
         )
         return NativeStatus(False, False, reason, reason, None)
-    build = _import_build_module(folder)
+    build = _import_module(folder / _BUILD_MODULE)
     forced = os.environ.get("PYOBSERVER_ISA")
     if forced:
         build.set_cpu_isa(forced)
@@ -105,7 +123,10 @@ def _load() -> NativeStatus:
     else:
         built = (folder / _LIBRARIES["cuda"]).exists()
         cuda_reason = f"it was {'' if built else 'not '}built, and this torch is without CUDA"
-    return NativeStatus(True, cuda_reason is None, None, cuda_reason, build)
+    autograd = _import_autograd(folder, build.build_info()["build_torch"])
+    if isinstance(autograd, str):
+        return NativeStatus(True, cuda_reason is None, None, cuda_reason, build, None, autograd)
+    return NativeStatus(True, cuda_reason is None, None, cuda_reason, build, autograd, None)
 
 
 status = _load()

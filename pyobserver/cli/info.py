@@ -35,6 +35,7 @@ def run() -> int:
         "CPU library": "loaded" if status.cpu else f"not loaded: {status.reason}",
         "CUDA library": cuda_library(),
         "CPU kernels": backend(),
+        "autograd": "in C++" if status.autograd else f"in Python: {status.autograd_reason}",
     }
     if status.build is None:
         lines["threads"] = str(torch.get_num_threads())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _checks
 
@@ -82,8 +81,3 @@ def with_strides(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(
         grad
     )
-
-
-def needs_gradient(x: Tensor) -> bool:
-    # in forward mode the function refuses, where the op would give a derivative of zero
-    return (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._native import status
+
 _LIBRARY = torch.library.Library("pyobserver", "DEF")
 # the first is what the second calls, in two thirds of its time
 _increment_version = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
@@ -24,6 +26,7 @@ def define(
     check: Callable[..., None],
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
+    masked: tuple[str, str] | None = None,
 ) -> Any:
     """Define a kernel op and return its default overload.
 
@@ -31,13 +34,14 @@ def define(
     with it, so that a wrong call fails when it is traced. ``fake`` makes the results; None for an
     op that only updates its arguments.
 
-    The ops have no gradient formula of their own: autograd passes through them, and what is
-    differentiable (fake-quantize) is wrapped in an ``autograd.Function`` above them.
+    ``masked`` names, of an op with a gradient of its first argument, the op that is run instead
+    where the gradient is needed, whose last result is kept, and the one that makes the gradient of
+    that of the first result and what was kept. Both are defined before; see :mod:`._autograd`.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    implement_autograd(_LIBRARY, name, masked)
     signature = inspect.signature(reference)
 
     def fake_kernel(*args: Any, **kwargs: Any) -> Any:
@@ -48,6 +52,18 @@ def define(
 
     torch.library.register_fake(f"pyobserver::{name}", fake_kernel, lib=_LIBRARY)
     return getattr(torch.ops.pyobserver, name).default
+
+
+def implement_autograd(
+    library: torch.library.Library, name: str, masked: tuple[str, str] | None
+) -> None:
+    """What autograd does around an op, for the ``masked`` of :func:`define`."""
+    if status.autograd is None:
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    elif masked is None:
+        status.autograd.implement(library.ns, name)
+    else:
+        status.autograd.implement_masked(library.ns, name, *masked)
 
 
 def eager_call(op: Any) -> Any:
@@ -70,9 +86,10 @@ def note_update(*updated: Tensor) -> None:
     """Tell autograd that tensors were updated in place, which a kernel of another library cannot.
 
     So a graph that saved one of them fails in its backward, instead of using the new values.
-    Not to be called while tracing: functionalization sees to it there.
+    Not to be called while tracing: functionalization sees to it there. The autograd in C++ does it
+    by itself.
     """
-    if torch.is_grad_enabled():
+    if status.autograd is None and torch.is_grad_enabled():
         _increment_version(updated)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from .. import _checks
+from .._native import status
+from ._autograd import needs_gradient, with_gradient
 from ._blocks import split
 from ._elementwise import (
     check_backward,
@@ -19,10 +20,8 @@ from ._elementwise import (
     is_dense,
     is_laid_out_as_output,
     mask_bytes,
-    needs_gradient,
     pack_mask,
     unpack_mask,
-    with_strides,
 )
 from ._library import define, define_composite
 
@@ -236,7 +235,6 @@ _OPTIONS = (
     "int quant_min, int quant_max, int? axis=None, Tensor? enabled=None, int[]? block_size=None"
 )
 _ARGS = f"(Tensor x, Tensor scale, Tensor zero_point, {_OPTIONS})"
-_op = define(f"_fake_quantize{_ARGS} -> Tensor", _check, reference, fake)
 _op_out = define(
     f"_fake_quantize_out(Tensor x, Tensor scale, Tensor zero_point, Tensor(a!) out, {_OPTIONS})"
     " -> ()",
@@ -252,27 +250,13 @@ _op_backward = define(
     reference_backward,
     _fake_backward,
 )
-
-
-class StraightThrough(torch.autograd.Function):
-    """The gradient passes where the value was inside the grid.
-
-    Applied to an op that gives the result and its mask, and to the arguments of the op.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, x: Tensor, *args: Any) -> Tensor:
-        y, mask = op(x, *args)
-        ctx.save_for_backward(mask)
-        ctx.strides = y.stride()
-        ctx.nones = (None,) * len(args)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        return None, _op_backward(with_strides(grad, ctx.strides), mask), *ctx.nones
+# the gradient passes where the value was inside the grid
+STRAIGHT_THROUGH = "_fake_quantize_backward"
+_op = define(
+    f"_fake_quantize{_ARGS} -> Tensor", _check, reference, fake,
+    masked=("_fake_quantize_mask", STRAIGHT_THROUGH),
+)  # fmt: skip
+_call = with_gradient(_op, _op_mask, _op_backward)
 
 
 def fake_quantize(
@@ -321,13 +305,9 @@ def fake_quantize(
             return _fake_quantize_out(
                 x, scale, zero_point, out, quant_min, quant_max, axis, enabled, block_size
             )
-        if needs_gradient(x):
-            return StraightThrough.apply(
-                _op_mask, x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size
-            )
         if block_size is None:
-            return _op(x, scale, zero_point, quant_min, quant_max, axis, enabled)
-        return _op(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
+            return _call(x, scale, zero_point, quant_min, quant_max, axis, enabled)
+        return _call(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
     except (RuntimeError, OverflowError, AttributeError, TypeError):
         _check(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
         check_values("fake_quantize", scale, zero_point, quant_min, quant_max, is_off(enabled))
@@ -345,7 +325,7 @@ def _fake_quantize_out(
         _check_out(x, scale, zero_point, out, *options)
         raise
     # as torch's own updates in place do, without a gradient too
-    if not is_compiling() and not out.is_inference():
+    if status.autograd is None and not is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
 

@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_exporting
 
 from .. import _checks
+from ._autograd import needs_gradient
 from ._blocks import split
-from ._elementwise import empty_output, is_laid_out_as_output, needs_gradient, with_strides
+from ._elementwise import empty_output, is_laid_out_as_output, with_strides
 from ._float32 import to_float32
 from ._library import define, define_composite
 from .fake_quantize import _quantize, check_grid_params, check_values, is_off

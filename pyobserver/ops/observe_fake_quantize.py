@@ -10,18 +10,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _checks
-from ._elementwise import needs_gradient
-from ._library import (
-    define,
-    define_composite,
-    eager_call,
-    note_update,
-    without_defaults,
-)
+from ._autograd import with_gradient
+from ._library import define, define_composite, note_update, without_defaults
 from .choose_qparams import AFFINE, MAPPING_CODES, MAPPINGS, check_qparams
 from .choose_qparams import reference as reference_choose_qparams
 from .fake_quantize import (
-    StraightThrough,
+    STRAIGHT_THROUGH,
     check_grid_params,
     check_values,
     fake,
@@ -29,6 +23,7 @@ from .fake_quantize import (
     is_off,
 )
 from .fake_quantize import _op as op_fake_quantize
+from .fake_quantize import _op_backward as op_backward
 from .fake_quantize import _op_mask as op_fake_quantize_mask
 from .fake_quantize import reference as reference_fake_quantize
 from .fake_quantize import reference_mask as reference_fake_quantize_mask
@@ -186,17 +181,18 @@ _STATE = (
     "int? axis=None, int symmetric_zero_point=0, int update=1, float averaging_constant=0.01, "
     "int nonfinite=0, int[]? block_size=None"
 )
-_op = define(f"_observe_fake_quantize({_STATE}) -> Tensor", _check, reference, fake)
 _op_mask = define(
     f"_observe_fake_quantize_mask({_STATE}) -> (Tensor, Tensor)", _check, reference_mask, fake_mask
 )
-
-
-_eager = eager_call(_op)
+_op = define(
+    f"_observe_fake_quantize({_STATE}) -> Tensor", _check, reference, fake,
+    masked=("_observe_fake_quantize_mask", STRAIGHT_THROUGH),
+)  # fmt: skip
+_call = with_gradient(_op, _op_mask, op_backward)
 
 
 def _observe_and_quantize(x: Tensor, *args: Any) -> Tensor:
-    y = StraightThrough.apply(_op_mask, x, *args) if needs_gradient(x) else _op(x, *args)
+    y = _call(x, *args)
     if not is_compiling():
         note_update(*args[:5])
     return y
@@ -275,21 +271,13 @@ def observe_fake_quantize(
     """
     try:
         coded = mapping, axis, symmetric_zero_point, update, averaging_constant, nonfinite
-        compiling = is_compiling()
-        settings = _coded(*coded) if compiling else _settings(*coded)
+        settings = _coded(*coded) if is_compiling() else _settings(*coded)
         if block_size is not None:
             settings = (*_coded(*coded), block_size)
-        if compiling or needs_gradient(x):
-            return _observe_and_quantize(
-                x, min_val, max_val, nonfinite_count, scale, zero_point, eps, quant_min, quant_max,
-                observer_enabled, fake_quant_enabled, *settings,
-            )  # fmt: skip
-        y = _eager(
+        return _observe_and_quantize(
             x, min_val, max_val, nonfinite_count, scale, zero_point, eps, quant_min, quant_max,
             observer_enabled, fake_quant_enabled, *settings,
         )  # fmt: skip
-        note_update(min_val, max_val, nonfinite_count, scale, zero_point)
-        return y
     except (RuntimeError, OverflowError, AttributeError, TypeError, KeyError):
         state: Any = min_val, max_val, nonfinite_count, scale, zero_point
         coded_settings = (

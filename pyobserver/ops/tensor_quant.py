@@ -6,18 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _checks
+from ._autograd import with_gradient
 from ._elementwise import (
     check_backward,
     empty_output,
     in_memory_order,
     mask_bytes,
-    needs_gradient,
     pack_mask,
     unpack_mask,
-    with_strides,
 )
 from ._library import define, define_composite
 
@@ -194,50 +192,35 @@ def _fake_backward(grad: Tensor, mask: Tensor) -> Tensor:
 
 
 _ARGS = "(Tensor inputs, Tensor amax, int num_bits, bool unsigned, bool narrow_range)"
-_op = define(f"_tensor_quant{_ARGS} -> (Tensor, Tensor)", _check_quant, reference, _fake_quant)
-_op_mask = define(
-    f"_tensor_quant_mask{_ARGS} -> (Tensor, Tensor, Tensor)",
-    _check_quant,
-    reference_mask,
-    _fake_quant_mask,
-)
-_op_fake = define(f"_fake_tensor_quant{_ARGS} -> Tensor", _check_fake, reference_fake, _fake_fake)
-_op_fake_mask = define(
-    f"_fake_tensor_quant_mask{_ARGS} -> (Tensor, Tensor)",
-    _check_fake,
-    reference_fake_mask,
-    _fake_fake_mask,
-)
+# the gradient of the first result passes where |inputs| <= amax, else it is 0
 _op_backward = define(
     "_tensor_quant_backward(Tensor grad, Tensor mask) -> Tensor",
     _check_backward,
     reference_backward,
     _fake_backward,
 )
-
-
-class _ClippedStraightThrough(torch.autograd.Function):
-    """The gradient of the first result passes where ``|inputs| <= amax``, else it is 0.
-
-    Applied to an op whose last result is the mask, and to the arguments of the op.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, inputs: Tensor, *args: Any) -> Tensor | tuple[Tensor, ...]:
-        y, *scale, mask = op(inputs, *args)
-        ctx.save_for_backward(mask)
-        ctx.strides = y.stride()
-        ctx.nones = (None,) * len(args)
-        if not scale:
-            return y
-        ctx.mark_non_differentiable(*scale)
-        return (y, *scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *grad_scale: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        return None, _op_backward(with_strides(grad, ctx.strides), mask), *ctx.nones
+_op_mask = define(
+    f"_tensor_quant_mask{_ARGS} -> (Tensor, Tensor, Tensor)",
+    _check_quant,
+    reference_mask,
+    _fake_quant_mask,
+)
+_op_fake_mask = define(
+    f"_fake_tensor_quant_mask{_ARGS} -> (Tensor, Tensor)",
+    _check_fake,
+    reference_fake_mask,
+    _fake_fake_mask,
+)
+_op = define(
+    f"_tensor_quant{_ARGS} -> (Tensor, Tensor)", _check_quant, reference, _fake_quant,
+    masked=("_tensor_quant_mask", "_tensor_quant_backward"),
+)  # fmt: skip
+_op_fake = define(
+    f"_fake_tensor_quant{_ARGS} -> Tensor", _check_fake, reference_fake, _fake_fake,
+    masked=("_fake_tensor_quant_mask", "_tensor_quant_backward"),
+)  # fmt: skip
+_call = with_gradient(_op, _op_mask, _op_backward)
+_call_fake = with_gradient(_op_fake, _op_fake_mask, _op_backward)
 
 
 def tensor_quant(
@@ -283,9 +266,7 @@ def tensor_quant(
     """
     args = inputs, amax, num_bits, unsigned, narrow_range
     try:
-        if needs_gradient(inputs):
-            return _ClippedStraightThrough.apply(_op_mask, *args)
-        return _op(*args)
+        return _call(*args)
     except (RuntimeError, OverflowError, AttributeError, TypeError):
         _check(_OP, *args)
         _check_values(_OP, *args)
@@ -314,9 +295,7 @@ def fake_tensor_quant(
     """
     args = inputs, amax, num_bits, unsigned, narrow_range
     try:
-        if needs_gradient(inputs):
-            return _ClippedStraightThrough.apply(_op_fake_mask, *args)
-        return _op_fake(*args)
+        return _call_fake(*args)
     except (RuntimeError, OverflowError, AttributeError, TypeError):
         _check(_FAKE, *args)
         _check_values(_FAKE, *args)
