@@ -31,11 +31,11 @@ def _ops() -> Iterator[tuple[ModuleType, str, Any]]:
             yield module, attribute, getattr(module, attribute)
 
 
-def _calls() -> Iterator[tuple[ModuleType, str, tuple[Any, ...]]]:
-    """(module, attribute, the ops of the differentiable call bound there)"""
+def _calls() -> Iterator[tuple[ModuleType, str, Any]]:
+    """(module, attribute, the differentiable call bound there)"""
     for module in _modules():
         for attribute in [name for name in vars(module) if name.startswith("_call")]:
-            yield module, attribute, getattr(module, attribute).ops
+            yield module, attribute, getattr(module, attribute)
 
 
 def _name(op: Any) -> str:
@@ -57,11 +57,12 @@ def registered(
         library.define(str(op._schema).partition("::")[2])
         if kernel is not None:
             library.impl(_name(op), kernel(module, attribute), "CompositeExplicitAutograd")
-    masked = {_name(op): (_name(mask), _name(back)) for _, _, (op, mask, back) in _calls()}
-    found = {}
-    for _, _, op in _ops():
-        implement_autograd(library, _name(op), masked.get(_name(op)))
-        found[_name(op)] = getattr(getattr(torch.ops, namespace), _name(op)).default
+    called = [[_name(op) for op in call.ops] for _, _, call in _calls()]
+    masked = {name: (mask, backward) for name, mask, backward in called}
+    space = getattr(torch.ops, namespace)
+    found = {name: getattr(space, name).default for name in (_name(op) for _, _, op in _ops())}
+    for name, op in found.items():
+        implement_autograd(library, op, masked.get(name))
     return found
 
 
@@ -75,8 +76,8 @@ def rebound(ops: Mapping[str, Any]) -> Iterator[None]:
         if attribute == "_op" and hasattr(module, "_eager")
     ]
     bindings += [
-        (module, attribute, with_gradient(*(ops[_name(op)] for op in called)))
-        for module, attribute, called in _calls()
+        (module, attribute, with_gradient(*(ops[_name(op)] for op in call.ops), call.rule))
+        for module, attribute, call in _calls()
     ]
     before = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in bindings]
     try:

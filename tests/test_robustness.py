@@ -51,12 +51,6 @@ def test_graph_that_saved_a_state_fails_after_an_update() -> None:
         loss.backward()
 
 
-def test_forward_mode_is_refused() -> None:
-    x = torch.randn(5)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(fake_quantize, (x,), (torch.ones(5),))
-
-
 def test_what_is_switched_off_may_hold_any_scale(backend: Backend) -> None:
     x = torch.randn(5, device=backend.device)
     scale = torch.tensor([torch.nan], device=backend.device)

@@ -24,23 +24,29 @@ OperatorHandle find(const std::string& space, const std::string& op) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((space + "::" + op).c_str(), "");
 }
 
-// A derivative of an op: an op of its own, which autograd calls. They live as long as the process.
+// What autograd calls for an op. They live as long as the process.
 struct Gradient {
-  std::string function;     // the public function, for messages
-  OperatorHandle forward;   // what to run where a gradient is needed
-  OperatorHandle backward;  // (gradient of the first result, saved ...) -> gradients
+  std::string function;     // the public one, for messages
+  OperatorHandle forward;   // what runs where a gradient is needed; its last result is kept
+  OperatorHandle backward;  // (gradient of the first result, what was kept) -> gradients
+  size_t inputs;            // the arguments that get one, which are the first
 };
 
-// What a backward returns where it is to be differentiated itself.
+// Gradients of which a gradient was asked for; whoever takes that is told why it cannot be.
 struct Refused : torch::autograd::Function<Refused> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& /*grad*/, const Tensor& result,
-                        const std::string& function) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& /*grad*/, at::TensorList found,
+                               const std::string& function) {
     ctx->saved_data["function"] = function;
-    return result.alias();
+    variable_list same;
+    for (const Tensor& each : found) {
+      same.push_back(each.alias());
+    }
+    return same;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& /*grads*/) {
     TORCH_CHECK(false, ctx->saved_data["function"].toStringRef(),
-                ": cannot be differentiated twice: its backward has no derivative");
+                ": its gradient was differentiated, but has no derivative: take it without "
+                "create_graph=True, or detach it");
   }
 };
 
@@ -69,9 +75,8 @@ Tensor laid_out(AutogradContext* ctx, const Tensor& grad) {
   return at::empty_strided_symint(grad.sym_sizes(), strides, grad.options()).copy_(grad);
 }
 
-// The forward op's last result is the mask, all that the backward needs.
 struct Masked : torch::autograd::Function<Masked> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& /*x*/, const Gradient& gradient,
+  static Tensor forward(AutogradContext* ctx, at::TensorList inputs, const Gradient& gradient,
                         Stack* stack) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     gradient.forward.callBoxed(*stack);
@@ -80,21 +85,41 @@ struct Masked : torch::autograd::Function<Masked> {
     const auto results = gradient.forward.schema().returns().size() - 1;
     Tensor y = torch::jit::peek(*stack, 0, results).toTensor();
     keep(ctx, gradient, y);
+    if (inputs.size() > 1) {
+      std::vector<int64_t> dims;  // of the learned ones, which have one element
+      for (const Tensor& each : inputs.slice(1)) {
+        dims.push_back(each.dim());
+      }
+      ctx->saved_data["dims"] = std::move(dims);
+    }
     return y;
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(3);
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Gradient& gradient = kept(ctx);
+    variable_list found(gradient.inputs);
     if (grads[0].defined()) {
-      const Gradient& gradient = kept(ctx);
-      const Tensor grad = laid_out(ctx, grads[0]);
-      Stack stack{grad, ctx->get_saved_variables()[0]};
+      Stack stack{laid_out(ctx, grads[0]), ctx->get_saved_variables()[0]};
       gradient.backward.callBoxed(stack);
-      result[0] = stack[0].toTensor();
-      if (at::GradMode::is_enabled() && grad.requires_grad()) {
-        result[0] = Refused::apply(grad, result[0], gradient.function);
+      for (size_t i = 0; i < gradient.inputs; ++i) {
+        found[i] = std::move(stack[i]).toTensor();
+      }
+      shape_learned(ctx, &found);
+      if (at::GradMode::is_enabled()) {
+        found = Refused::apply(grads[0], found, gradient.function);
       }
     }
-    return result;
+    found.resize(gradient.inputs + 2);  // of the arguments that are no tensors
+    return found;
+  }
+
+ private:
+  static void shape_learned(AutogradContext* ctx, variable_list* found) {
+    if (found->size() > 1) {
+      const auto dims = ctx->saved_data["dims"].toIntVector();
+      for (size_t i = 1; i < found->size(); ++i) {
+        (*found)[i] = (*found)[i].reshape(std::vector<int64_t>(dims[i - 1], 1));
+      }
+    }
   }
 };
 
@@ -128,19 +153,26 @@ class Autograd final : public c10::OperatorKernel {
 
  private:
   void run(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) const {
-    if (gradient_ != nullptr) {
-      const Tensor x = torch::jit::peek(*stack, 0, count_).toTensor();
-      TORCH_CHECK(!torch::autograd::isFwGradDefined(x), gradient_->function,
-                  ": forward-mode differentiation is not served");
-      if (at::GradMode::is_enabled() && x.requires_grad()) {
-        Tensor y = Masked::apply(x, *gradient_, stack);
-        const auto results = op.schema().returns().size();
-        torch::jit::peek(*stack, 0, results) = std::move(y);
-        return;
+    if (gradient_ != nullptr && at::GradMode::is_enabled() && any_requires_grad(*stack)) {
+      variable_list inputs;
+      for (size_t i = 0; i < gradient_->inputs; ++i) {
+        inputs.push_back(torch::jit::peek(*stack, i, count_).toTensor());
       }
+      Tensor y = Masked::apply(at::TensorList(inputs), *gradient_, stack);
+      torch::jit::peek(*stack, 0, op.schema().returns().size()) = std::move(y);
+      return;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+  }
+
+  bool any_requires_grad(const Stack& stack) const {
+    for (size_t i = 0; i < gradient_->inputs; ++i) {
+      if (torch::jit::peek(stack, i, count_).toTensor().requires_grad()) {
+        return true;
+      }
+    }
+    return false;
   }
 
   const Gradient* gradient_;
@@ -169,10 +201,14 @@ PYBIND11_MODULE(_autograd, m) {
       "implement_masked",
       [](const std::string& space, const std::string& op, const std::string& forward,
          const std::string& backward) {
-        const auto function = op.substr(op[0] == '_');
-        implement(space, op, new Gradient{function, find(space, forward), find(space, backward)});
+        const OperatorHandle last = find(space, backward);
+        implement(space, op,
+                  new Gradient{op.substr(op[0] == '_'), find(space, forward), last,
+                               last.schema().returns().size()});
       },
       py::arg("namespace"), py::arg("op"), py::arg("forward"), py::arg("backward"),
-      "As implement(), with a gradient of the first argument: where it is needed `forward` runs,\n"
-      "whose last result is kept, and `backward(gradient, kept)` gives it.");
+      "As implement(), with gradients of the first arguments, as many as `backward` has results:\n"
+      "where one is needed `forward` runs, whose last result is kept, and `backward(gradient, "
+      "kept)`\n"
+      "gives them.");
 }

@@ -113,8 +113,8 @@ class HistogramObserverBase(UniformQuantizationObserverBase):
             on = enabled.reshape(()) != 0
             new_scale = torch.where(on, new_scale, scale)
             new_zero_point = torch.where(on, new_zero_point.to(zero_point.dtype), zero_point)
-        scale.copy_(new_scale)
-        zero_point.copy_(new_zero_point)
+        # together: within torch.func.grad a copy_ of its own may not update what was captured
+        torch._foreach_copy_([scale, zero_point], [new_scale, new_zero_point])
 
     def _choose(self, enabled: Tensor | None = None) -> ranges.Choice:
         return ranges.choose(self.statistic(), self.method, self._grid(), self._options(), enabled)

@@ -78,6 +78,5 @@ def with_strides(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The gradient laid out as the output was, in whose order the bits of a mask lie."""
     if grad.stride() == strides:
         return grad
-    return torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(
-        grad
-    )
+    # of grad, for it may be a batch of gradients
+    return grad.new_empty_strided(grad.shape, strides).copy_(grad)

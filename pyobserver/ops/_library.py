@@ -41,7 +41,8 @@ def define(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
-    implement_autograd(_LIBRARY, name, masked)
+    op = getattr(torch.ops.pyobserver, name).default
+    implement_autograd(_LIBRARY, op, masked)
     signature = inspect.signature(reference)
 
     def fake_kernel(*args: Any, **kwargs: Any) -> Any:
@@ -51,19 +52,41 @@ def define(
         return None if fake is None else fake(*bound.args)
 
     torch.library.register_fake(f"pyobserver::{name}", fake_kernel, lib=_LIBRARY)
-    return getattr(torch.ops.pyobserver, name).default
+    if op._schema.is_mutable:
+        public = name.lstrip("_").removesuffix("_mask").removesuffix("_out")
+        batch(name, refused_batch(public))
+    return op
 
 
 def implement_autograd(
-    library: torch.library.Library, name: str, masked: tuple[str, str] | None
+    library: torch.library.Library, op: Any, masked: tuple[str, str] | None
 ) -> None:
-    """What autograd does around an op, for the ``masked`` of :func:`define`."""
-    if status.autograd is None:
+    """What autograd does around an op of the library, for the ``masked`` of :func:`define`."""
+    name = op._schema.name.partition("::")[2]
+    if status.autograd is None or not (masked or op._schema.is_mutable):
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     elif masked is None:
         status.autograd.implement(library.ns, name)
     else:
         status.autograd.implement_masked(library.ns, name, *masked)
+
+
+def batch(name: str, rule: Callable[..., tuple[Any, Any]]) -> None:
+    """Define what an op does under ``torch.vmap``, see ``torch.library.register_vmap``."""
+    torch.library.register_vmap(f"pyobserver::{name}", rule, lib=_LIBRARY)
+
+
+def refused_batch(public: str) -> Callable[..., Any]:
+    """The rule of what updates its arguments."""
+
+    def rule(*args: Any) -> Any:
+        raise ValueError(
+            f"{public}: expected a call outside of torch.vmap, for it updates tensors that are "
+            "one for all lanes: observe the whole batch outside, and inside use "
+            "pyobserver.ops.fake_quantize"
+        )
+
+    return rule
 
 
 def eager_call(op: Any) -> Any:
@@ -98,4 +121,6 @@ def define_composite(schema: str, function: Callable[..., Any]) -> Any:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    # before a transform of torch.func has begun its work: the function sees to it
+    _LIBRARY.impl(name, function, "FuncTorchDynamicLayerFrontMode")
     return getattr(torch.ops.pyobserver, name).default

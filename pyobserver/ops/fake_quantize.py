@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.compiler import is_compiling
 
 from .. import _checks
 from .._native import status
-from ._autograd import needs_gradient, with_gradient
+from ._autograd import is_transformed, needs_gradient, with_gradient
 from ._blocks import split
 from ._elementwise import (
     check_backward,
@@ -24,6 +25,7 @@ from ._elementwise import (
     unpack_mask,
 )
 from ._library import define, define_composite
+from ._transforms import Rule, over_batch
 
 
 def check_grid_params(
@@ -256,7 +258,27 @@ _op = define(
     f"_fake_quantize{_ARGS} -> Tensor", _check, reference, fake,
     masked=("_fake_quantize_mask", STRAIGHT_THROUGH),
 )  # fmt: skip
-_call = with_gradient(_op, _op_mask, _op_backward)
+
+
+def _with_batch(
+    dims: int,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    enabled: Tensor | None = None,
+    block_size: Sequence[int] | None = None,
+) -> tuple[Any, ...] | None:
+    """The arguments for a batch of lanes as one tensor; None for blocks, or a wrong axis."""
+    if block_size is not None or (axis is not None and not -dims <= axis < dims):
+        return None
+    shifted = axis if axis is None or axis < 0 else axis + 1
+    return scale, zero_point, quant_min, quant_max, shifted, enabled
+
+
+_rule = Rule(torch.mul, partial(over_batch, _with_batch))
+_call = with_gradient(_op, _op_mask, _op_backward, _rule)
 
 
 def fake_quantize(
@@ -275,7 +297,10 @@ def fake_quantize(
     ``(clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``, the
     division as a product with 1 / scale, halves rounded to even. The gradient of ``x`` is that of
     the result where the value was inside the grid, else zero; ``scale`` and ``zero_point`` get
-    none. For the backward one bit an element is kept.
+    none. For the backward one bit an element is kept, or within ``torch.func`` a byte.
+
+    ``torch.func``'s transforms and forward mode pass through, though not within ``torch.compile``;
+    ``torch.vmap`` over ``x`` alone is one call, over a scale or blocks one for each lane.
 
     Args:
         x: any shape; float32, float64, float16 or bfloat16.
@@ -296,6 +321,7 @@ def fake_quantize(
     Raises:
         TypeError, ValueError: name the argument, what was expected and what came. The values of
             scale and zero_point are checked on the CPU (elsewhere that would be a device sync).
+        RuntimeError: the gradient was differentiated outside of ``torch.func``.
 
     Source: ``torch.fake_quantize_per_tensor_affine`` and ``..._per_channel_affine``, bit for bit,
     but for +inf, and values beyond 2^63 steps, per channel: torch gives the least value there.
@@ -318,7 +344,7 @@ def _fake_quantize_out(
     x: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor, *options: Any
 ) -> Tensor:
     try:
-        if needs_gradient(x) or (torch.is_grad_enabled() and out.requires_grad):
+        if is_transformed() or needs_gradient(x, out):
             raise ValueError("fake_quantize: out: expected None where a gradient is needed")
         _op_out(x, scale, zero_point, out, *options)
     except (RuntimeError, OverflowError, TypeError, AttributeError):

@@ -6,18 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _checks
+from ._autograd import with_gradient
 from ._elementwise import (
     check_dense_gradient,
     empty_output,
     in_memory_order,
     mask_bytes,
-    needs_gradient,
     pack_mask,
     unpack_mask,
-    with_strides,
 )
 from ._library import define, define_composite
 from .tensor_quant import check_grid, reference_fake
@@ -141,7 +139,6 @@ _ARGS = (
     "(Tensor x, Tensor low, Tensor high, "
     "int? num_bits=None, bool unsigned=False, bool narrow_range=True)"
 )
-_op = define(f"_learnable_clip{_ARGS} -> Tensor", _check, reference, fake)
 _op_mask = define(
     f"_learnable_clip_mask{_ARGS} -> (Tensor, Tensor)", _check, reference_mask, fake_mask
 )
@@ -151,30 +148,12 @@ _op_backward = define(
     reference_backward,
     fake_backward,
 )
-
-
-class _Clip(torch.autograd.Function):
-    """Keeps two bits an element: which bounds have its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, *grid: Any) -> Tensor:
-        y, mask = _op_mask(x, low, high, *grid)
-        ctx.save_for_backward(mask)
-        ctx.strides, ctx.shapes = y.stride(), (low.shape, high.shape)
-        ctx.nones = (None,) * len(grid)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        to_x, to_low, to_high = _op_backward(with_strides(grad, ctx.strides), mask)
-        of_low, of_high = ctx.shapes
-        if of_low:  # reshape would cost those of no dimension a microsecond too
-            to_low = to_low.reshape(of_low)
-        if of_high:
-            to_high = to_high.reshape(of_high)
-        return to_x, to_low, to_high, *ctx.nones
+# two bits an element are kept: which bounds have its gradient
+_op = define(
+    f"_learnable_clip{_ARGS} -> Tensor", _check, reference, fake,
+    masked=("_learnable_clip_mask", "_learnable_clip_backward"),
+)  # fmt: skip
+_call = with_gradient(_op, _op_mask, _op_backward)
 
 
 def learnable_clip(
@@ -212,7 +191,8 @@ def learnable_clip(
         TypeError, ValueError: name the argument, what was expected and what came.
         ValueError: a bound that is NaN; with ``num_bits`` a negative ``max(-low, high)``.
         TypeError: a negative value among the clipped ones where ``unsigned``.
-        RuntimeError: differentiated twice.
+        RuntimeError: the gradient was differentiated; a transform of ``torch.func`` or forward
+            mode is active.
 
         The values are looked at on the CPU alone; elsewhere that would be a device sync. There a
         bound that is NaN does not clip, and on a grid it or a negative amax makes NaN of all.
@@ -223,11 +203,7 @@ def learnable_clip(
     """
     args = x, low, high, num_bits, unsigned, narrow_range
     try:
-        if needs_gradient(x) or (
-            torch.is_grad_enabled() and (low.requires_grad or high.requires_grad)
-        ):
-            return _Clip.apply(*args)
-        return _op(*args)
+        return _call(*args)
     except (RuntimeError, OverflowError, AttributeError, TypeError):
         _check(*args)
         _check_values(*args)

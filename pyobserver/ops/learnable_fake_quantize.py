@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_exporting
 
 from .. import _checks
-from ._autograd import needs_gradient
+from ._autograd import differentiable_once, is_transformed, needs_gradient
 from ._blocks import split
 from ._elementwise import empty_output, is_laid_out_as_output, with_strides
 from ._float32 import to_float32
-from ._library import define, define_composite
+from ._library import batch, define, define_composite
+from ._transforms import lane_by_lane, over_batch, refuse_compiled
 from .fake_quantize import _quantize, check_grid_params, check_values, is_off
 
 _OP = "learnable_fake_quantize"
@@ -238,6 +239,10 @@ _op_backward = define(
     reference_backward,
     fake_backward,
 )
+batch("_learnable_fake_quantize_backward", partial(over_batch, lane_by_lane, _op_backward))
+
+_lanes = partial(over_batch, lane_by_lane)
+batch("_learnable_fake_quantize_backward", partial(_lanes, _op_backward))
 
 
 class _Learnable(torch.autograd.Function):
@@ -268,18 +273,45 @@ class _Learnable(torch.autograd.Function):
         if enabled is not None:
             enabled = enabled.clone()
         ctx.save_for_backward(x, scale, zero_point, enabled, held)
-        ctx.strides = y.stride()
+        ctx.function, ctx.strides = _OP, y.stride()
         ctx.grid = quant_min, quant_max, grad_factor, axis, block_size
         ctx.options = least_scale, normalize
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, enabled, held = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point, enabled, held = saved
         grad = with_strides(grad, ctx.strides)
         grads = _op_backward(grad, x, scale, zero_point, *ctx.grid, enabled, held, *ctx.options)
         return *grads, *(None,) * 9
+
+
+class _Transformed(_Learnable):
+    """Where a transform of ``torch.func`` is active: a batch is a call for each lane."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        x, scale, zero_point, *grid, _, axis, block_size, enabled, _, least_scale, _ = args
+        return _op(x, scale, zero_point, *grid, axis, block_size, enabled, least_scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, zero_point, *grid, enabled, held, least_scale, normalize = inputs
+        ctx.save_for_backward(x, scale, zero_point, enabled, held)
+        ctx.function, ctx.strides = _OP, output.stride()
+        ctx.grid, ctx.options = grid, (least_scale, normalize)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{_OP}: expected no forward mode (torch.func.jvp, jacfwd, hessian), which it does not "
+            "serve: use torch.func.vjp or jacrev"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return _lanes(_Transformed.apply, info, in_dims, *args)
 
 
 def _learnable_fake_quantize(
@@ -296,10 +328,12 @@ def _learnable_fake_quantize(
     least_scale: float = 0.0,
     normalize: int = NONE,
 ) -> Tensor:
-    if needs_gradient(x) or (
-        torch.is_grad_enabled() and (scale.requires_grad or zero_point.requires_grad)
-    ):
-        return _Learnable.apply(
+    function = _Learnable
+    if is_transformed():
+        refuse_compiled()
+        function = _Transformed
+    if function is _Transformed or needs_gradient(x, scale, zero_point):
+        return function.apply(
             x, scale, zero_point, quant_min, quant_max, grad_factor, axis, block_size,
             enabled, held, least_scale, normalize,
         )  # fmt: skip
@@ -369,7 +403,8 @@ def learnable_fake_quantize(
     Raises:
         TypeError, ValueError: name the argument, what was expected and what came. The values of
             scale and zero_point are checked on the CPU (elsewhere that would be a device sync).
-        RuntimeError: differentiated twice.
+        RuntimeError: the gradient was differentiated.
+        NotImplementedError: in forward mode.
 
     Source: ``torch._fake_quantize_learnable_per_tensor_affine`` and ``..._per_channel_affine``,
     which take float32 alone and add in float32. Per tensor, torch's backward rounds the zero point

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _checks
 from ._autograd import with_gradient
-from ._library import define, define_composite, note_update, without_defaults
+from ._library import define, define_composite, note_update, refused_batch, without_defaults
+from ._transforms import Rule
 from .choose_qparams import AFFINE, MAPPING_CODES, MAPPINGS, check_qparams
 from .choose_qparams import reference as reference_choose_qparams
 from .fake_quantize import (
@@ -188,7 +190,7 @@ _op = define(
     f"_observe_fake_quantize({_STATE}) -> Tensor", _check, reference, fake,
     masked=("_observe_fake_quantize_mask", STRAIGHT_THROUGH),
 )  # fmt: skip
-_call = with_gradient(_op, _op_mask, op_backward)
+_call = with_gradient(_op, _op_mask, op_backward, Rule(torch.mul, refused_batch(_OP)))
 
 
 def _observe_and_quantize(x: Tensor, *args: Any) -> Tensor:
@@ -246,6 +248,7 @@ def observe_fake_quantize(
 
     What :func:`minmax`, :func:`choose_qparams` and :func:`fake_quantize` do one after the other,
     with the same arguments, numbers and gradient; a failed call changes nothing of the state.
+    ``torch.vmap`` is refused: the state is one for all lanes.
 
     Args:
         x: any shape and strides; float32, float64, float16 or bfloat16. Empty: changes nothing.

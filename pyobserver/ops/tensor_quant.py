@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ._elementwise import (
     unpack_mask,
 )
 from ._library import define, define_composite
+from ._transforms import Rule, lane_by_lane, over_batch
 
 MOST_BITS = 32
 _EPSILON = 2.0**-24  # the least float16: an amax up to it counts as 0
@@ -219,8 +221,22 @@ _op_fake = define(
     f"_fake_tensor_quant{_ARGS} -> Tensor", _check_fake, reference_fake, _fake_fake,
     masked=("_fake_tensor_quant_mask", "_tensor_quant_backward"),
 )  # fmt: skip
-_call = with_gradient(_op, _op_mask, _op_backward)
-_call_fake = with_gradient(_op_fake, _op_fake_mask, _op_backward)
+
+
+def _masked(grad: Tensor, inside: Tensor) -> Tensor:
+    return torch.where(inside, grad, 0.0)
+
+
+def _with_batch(dims: int, *args: Any) -> tuple[Any, ...]:
+    """The arguments themselves: amax broadcasts from the last axis on."""
+    return args
+
+
+# the scale of a batch would be one for all lanes
+_rule = Rule(_masked, partial(over_batch, lane_by_lane))
+_rule_fake = Rule(_masked, partial(over_batch, _with_batch))
+_call = with_gradient(_op, _op_mask, _op_backward, _rule)
+_call_fake = with_gradient(_op_fake, _op_fake_mask, _op_backward, _rule_fake)
 
 
 def tensor_quant(
@@ -235,7 +251,8 @@ def tensor_quant(
     ``scale = max_bound / amax`` with ``max_bound = 2**(num_bits - 1 + unsigned) - 1``, and
     ``clamp(round(inputs * scale), min_bound, max_bound)``, halves rounded to even. The gradient of
     ``inputs`` is that of the outputs where ``|inputs| <= amax``, else 0; ``amax`` gets none. For
-    the backward one bit an element is kept.
+    the backward one bit an element is kept, or within ``torch.func``, whose transforms pass
+    through, a byte.
 
     Args:
         inputs: any shape; float32, float64, float16 or bfloat16. float16 and bfloat16 are computed
@@ -254,6 +271,7 @@ def tensor_quant(
 
     Raises:
         TypeError, ValueError: name the argument, what was expected and what came.
+        RuntimeError: the gradient was differentiated outside of ``torch.func``.
         TypeError: a negative value among ``inputs`` where ``unsigned``.
         ValueError: a negative value in ``amax``; a scale above 65504 for float16 inputs.
 
