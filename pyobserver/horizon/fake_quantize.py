@@ -134,7 +134,7 @@ class FakeQuantize(engine.FakeQuantize):
         self.update_scale()
 
     def _choose_qparams(self, watcher: Any, enabled: Tensor | None = None) -> None:
-        self._resize(watcher.min_val.numel())
+        self._resize(watcher.min_val)
         watcher.write_qparams(self.scale, self.zero_point, enabled)
 
     def forward(self, x: Tensor) -> Tensor:
