@@ -152,7 +152,9 @@ def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None)
         _merge(observers, group, [counted.get(name) for name in observers])
         with torch.no_grad():
             for fake in _fake_quantizes(module, observers):
-                fake._choose_qparams(fake.activation_post_process, fake.observer_enabled)
+                # a graph that saved a learned scale goes on, as with the buffers that DDP sends
+                with torch.autograd._unsafe_preserve_version_counter((fake.scale, fake.zero_point)):
+                    fake._choose_qparams(fake.activation_post_process, fake.observer_enabled)
 
     setattr(after, _MARK, True)
     return SyncHandle(

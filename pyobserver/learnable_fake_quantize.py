@@ -160,6 +160,8 @@ class LearnableFakeQuantize(FakeQuantize):
 
     def _of_nothing(self, x: Tensor) -> Tensor:
         """The parameters have a gradient of 0: DDP waits for one, on every rank."""
+        if not torch.is_grad_enabled():
+            return x
         learned = [p for p in (self.scale, self.zero_point) if p.requires_grad]
         return sum(((p.sum() * 0.0).to(x.dtype) for p in learned), start=x)
 

@@ -624,7 +624,11 @@ def test_empty(name: str) -> None:
     module = UNSIZED[name]()
     x = torch.empty(0, 16)
     with unchanged(*module.state_dict().values()):
-        assert module(x) is x
+        with torch.no_grad():
+            assert module(x) is x
+        module(x).sum().backward()
+    for parameter in module.parameters():  # DDP waits for each, on every rank
+        assert_same(parameter.grad, torch.zeros_like(parameter))
 
 
 def test_meta_device() -> None:
