@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ BASE = "no fake-quantize"
 HOOKS = "hooks alone"
 THEIRS, OURS = "torch.ao FakeQuantize", "our FakeQuantize"
 THEIRS_FUSED, OURS_FUSED = "torch.ao fused", "our fused"
-THEIRS_LEARNED, OURS_LEARNED = "torch.ao learnable", "our learnable"
+THEIRS_LEARNED = "torch.ao learnable"
 DTYPES = ("float32", "bfloat16")  # the second by autocast
 _RATE = 1e-3
 
@@ -113,20 +114,23 @@ def _fused(host: ModuleType) -> Modules:
     )
 
 
-def _learned() -> Modules:
+def _learned(host: ModuleType, learnable: Any, **scaled: Any) -> Modules:
+    """LSQ, with its factor of the gradient; torch.ao's is told how many scales there are."""
+
     def of_weight(channels: int) -> Callable[[], nn.Module]:
-        return _LearnableFakeQuantize.with_args(
-            observer=torch_ao.MovingAveragePerChannelMinMaxObserver,
+        told = {"channel_len": channels} if host is torch_ao else {}
+        return learnable.with_args(
+            observer=host.MovingAveragePerChannelMinMaxObserver,
             quant_min=-128,
             quant_max=127,
             dtype=torch.qint8,
             qscheme=torch.per_channel_symmetric,
-            channel_len=channels,
-            use_grad_scaling=True,
+            **told,
+            **scaled,
         )
 
-    activation = _LearnableFakeQuantize.with_args(
-        observer=torch_ao.MovingAverageMinMaxObserver, use_grad_scaling=True
+    activation = learnable.with_args(
+        observer=host.MovingAverageMinMaxObserver, quant_min=0, quant_max=255, **scaled
     )
     return Modules(activation, of_weight)
 
@@ -135,12 +139,15 @@ MODULES = {
     HOOKS: Modules(nn.Identity, lambda channels: nn.Identity),
     THEIRS: _straight_through(torch_ao),
     THEIRS_FUSED: _fused(torch_ao),
-    THEIRS_LEARNED: _learned(),
+    THEIRS_LEARNED: _learned(torch_ao, _LearnableFakeQuantize, use_grad_scaling=True),
     OURS: _straight_through(pyobserver),
     OURS_FUSED: _fused(pyobserver),
 }
-# contenders that do the same: their losses are alike
-PAIRS = ((OURS, THEIRS), (OURS_FUSED, THEIRS_FUSED))
+# contenders that do the same, and for how many steps their losses are alike
+ALIKE = (
+    (OURS, THEIRS, 5),
+    (OURS_FUSED, THEIRS_FUSED, 5),
+)
 _FLOAT32_ALONE = (THEIRS_FUSED,)
 
 
@@ -174,7 +181,7 @@ def prepared(trained: Trained, contender: str, batch: int) -> tuple[nn.Module, T
     with torch.no_grad():
         model(x)
     for module in model.modules():
-        if isinstance(module, _LearnableFakeQuantize):
+        if hasattr(module, "enable_param_learning"):
             module.enable_param_learning()
     return model, x
 

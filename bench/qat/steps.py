@@ -13,7 +13,7 @@ import torch
 
 from ..cases import Call
 from ..timing import cpu_clock
-from .models import BASE, MODELS, PAIRS, contenders, prepared, sites, step_of
+from .models import ALIKE, BASE, MODELS, contenders, prepared, sites, step_of
 from .report import StepTime
 
 _WARM_UP = 5  # steps
@@ -59,10 +59,12 @@ def _part_medians(values: Sequence[float]) -> tuple[float, ...]:
 
 def _warm_up(steps: Mapping[str, Call]) -> None:
     """And see that those who should give the same numbers do."""
-    losses = {name: [float(step()) for _ in range(_WARM_UP)][-1] for name, step in steps.items()}
-    for ours, theirs in PAIRS:
-        if theirs in losses and not abs(losses[ours] / losses[theirs] - 1) < 1e-3:
-            sys.exit(f"{ours}: a loss of {losses[ours]}, {theirs}: {losses[theirs]}")
+    losses = {name: [float(step()) for _ in range(_WARM_UP)] for name, step in steps.items()}
+    for ours, theirs, count in ALIKE:
+        if theirs in losses:
+            mine, other = losses[ours][count - 1], losses[theirs][count - 1]
+            if not abs(mine / other - 1) < 1e-3:
+                sys.exit(f"loss of step {count}: {ours}: {mine}, {theirs}: {other}")
 
 
 def time_steps(model: str, dtype: str, threads: int, quick: bool) -> list[StepTime]:
