@@ -24,6 +24,7 @@ from .observers import (
 from .observers.base import StatisticsModule, new_full
 from .ops.choose_qparams import choose_qparams
 from .ops.fake_quantize import fake_quantize
+from .ops.recomputation import unless_recomputing
 
 # exactly these: a subclass may observe in a way of its own
 _ONE_CALL = frozenset(
@@ -126,6 +127,12 @@ class FakeQuantize(FakeQuantizeBase):
     Buffers: ``scale`` float32 and ``zero_point`` int32 (float32 for float qparams), ``(1,)`` or
     ``(channels,)`` once sized by the first tensor.
 
+    Under activation checkpointing the forward that is run again, in the backward, observes nothing
+    and quantizes by the scale as it is then: the state is updated once a step, and the gradients
+    are those without checkpointing. A module that is called several times between a forward and
+    its backward (shared layers, several micro-batches in flight) has the scale of its last call
+    there; with the observer off that is the scale of each.
+
     Source: ``torch.ao.quantization.FakeQuantize``.
     """
 
@@ -187,21 +194,23 @@ class FakeQuantize(FakeQuantizeBase):
         buffers = own["_buffers"]
         watcher = own["_modules"]["activation_post_process"]
         scale = buffers["scale"]
+        observer_enabled = unless_recomputing(buffers["observer_enabled"])
         if (
             self._observes_in_one_call
             and type(watcher) in _ONE_CALL
             and "observe" not in watcher.__dict__
-            and watcher.__dict__["_buffers"]["min_val"].numel() == scale.numel()
         ):
+            if watcher.__dict__["_buffers"]["min_val"].numel() != scale.numel():
+                return self._forward_first(x, watcher)
             return watcher.observe_fake_quantize(
                 x,
                 scale,
                 buffers["zero_point"],
                 self._mapping,
-                buffers["observer_enabled"],
+                observer_enabled,
                 buffers["fake_quant_enabled"],
             )
-        self._observe(x)
+        self._observe(x, observer_enabled)
         return fake_quantize(
             x,
             self.scale,
@@ -212,15 +221,31 @@ class FakeQuantize(FakeQuantizeBase):
             buffers["fake_quant_enabled"],
         )
 
-    def _observe(self, x: Tensor) -> None:
+    def _forward_first(self, x: Tensor, watcher: Any) -> Tensor:
+        """Size the state of the channels, and keep that only where all goes well.
+
+        So the first forward is of the same ops as one that checkpointing runs again.
+        """
+        modules = self, watcher
+        unsized = [dict(module._buffers) for module in modules]
+        try:
+            watcher.observe(x, torch.zeros_like(self.observer_enabled))
+            self._resize(watcher.min_val)
+            return self.forward(x)
+        except Exception:
+            for module, buffers in zip(modules, unsized, strict=True):
+                module._buffers.update(buffers)
+            raise
+
+    def _observe(self, x: Tensor, enabled: Tensor) -> None:
         watcher = self.activation_post_process
         if isinstance(watcher, UniformQuantizationObserverBase):
-            watcher.observe(x, self.observer_enabled)
-        elif bool(self.observer_enabled):
+            watcher.observe(x, enabled)
+        elif bool(enabled):
             watcher(x.detach())
         else:
             return
-        self._choose_qparams(watcher, self.observer_enabled)
+        self._choose_qparams(watcher, enabled)
 
     def update_scale(self) -> None:
         """Choose scale and zero point by the statistics as they are; of none they stay.
@@ -301,7 +326,7 @@ class FixedQParamsFakeQuantize(FakeQuantize):
 
     _observes_in_one_call = False  # the parameters are fixed
 
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor, enabled: Tensor) -> None:
         """Nothing is chosen."""
 
 

@@ -20,6 +20,7 @@ from .observers import (
 from .observers.histogram_base import HistogramObserverBase
 from .ops._blocks import split
 from .ops.learnable_fake_quantize import _rounded, learnable_fake_quantize, usable_scale
+from .ops.recomputation import unless_recomputing
 
 __all__ = ["LearnableFakeQuantize", "enable_param_learning", "make_learnable"]
 
@@ -134,8 +135,8 @@ class LearnableFakeQuantize(FakeQuantize):
         buffers = own["_buffers"]
         watched = None
         if own["_watches"]:
-            self._observe(x)
             watched = buffers["observer_enabled"]
+            self._observe(x, unless_recomputing(watched))
         scale, zero_point = self.scale, self.zero_point
         if scale.dtype != torch.float32 or zero_point.dtype != torch.float32:
             scale, zero_point = scale.float(), zero_point.float()  # mixed precision's copies
@@ -154,9 +155,9 @@ class LearnableFakeQuantize(FakeQuantize):
             own["_normalize"],
         )
 
-    def _observe(self, x: Tensor) -> None:
+    def _observe(self, x: Tensor, enabled: Tensor) -> None:
         if not isinstance(self.activation_post_process, FixedQParamsObserver):
-            super()._observe(x)
+            super()._observe(x, enabled)
 
     def _of_nothing(self, x: Tensor) -> Tensor:
         """The parameters have a gradient of 0: DDP waits for one, on every rank."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import fake_quantize as engine
+from ..observers import UniformQuantizationObserverBase
 from ..ops.fake_quantize import fake_quantize
+from ..ops.recomputation import is_recomputing, unless_recomputing
 from .dtypes import QuantDType
 from .observers import FixedScaleObserver, MinMaxObserver, ObserverBase
 
@@ -133,6 +135,14 @@ class FakeQuantize(engine.FakeQuantize):
         self._follow_observer()
         self.update_scale()
 
+    def _observe(self, x: Tensor, enabled: Tensor) -> None:
+        watcher = self.activation_post_process
+        # a subclass may observe in a way of its own, and a forward of other ranks is waited for
+        if type(watcher).forward is UniformQuantizationObserverBase.forward and not watcher.syncs:
+            watcher.observe(x, enabled)
+        elif not is_recomputing():
+            watcher(x)
+
     def _choose_qparams(self, watcher: Any, enabled: Tensor | None = None) -> None:
         self._resize(watcher.min_val)
         watcher.write_qparams(self.scale, self.zero_point, enabled)
@@ -141,17 +151,22 @@ class FakeQuantize(engine.FakeQuantize):
         """``x`` as the state says: itself, or rounded to the grid, shaped as x."""
         watcher = self.activation_post_process
         if x.numel() == 0:
-            if self._observes and watcher.syncs:
+            if self._observes and watcher.syncs and not is_recomputing():
                 watcher(x.detach())  # for the other ranks wait for this one
                 if self._quantizes:
                     self.update_scale()
             return x
         if self._observes:
+            enabled = unless_recomputing(self.observer_enabled)
             if self._quantizes and self._is_one_call(watcher):
-                return watcher.observe_fake_quantize(x, self.scale, self.zero_point)
-            watcher(x.detach())
+                if watcher.min_val.numel() != self.scale.numel():
+                    return self._forward_first(x, watcher)
+                return watcher.observe_fake_quantize(
+                    x, self.scale, self.zero_point, observer_enabled=enabled
+                )
+            self._observe(x.detach(), enabled)
             if self._quantizes:
-                self._choose_qparams(watcher)
+                self._choose_qparams(watcher, enabled)
         if not self._quantizes:
             return x
         axis = self.ch_axis if self.is_per_channel else None
@@ -168,8 +183,7 @@ class FakeQuantize(engine.FakeQuantize):
 
     def _is_one_call(self, watcher: Any) -> bool:
         # exactly this class: a subclass may observe in a way of its own
-        sized = type(watcher) is MinMaxObserver and watcher.min_val.numel() == self.scale.numel()
-        return sized and watcher.observes_in_one_call
+        return type(watcher) is MinMaxObserver and watcher.observes_in_one_call
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self._choose_if_calibrating()

@@ -15,6 +15,7 @@ from .. import _checks
 from ..compat.hosts import offer_to_hosts, register_with_hosts
 from ..dtypes import PER_CHANNEL, PER_TENSOR, SYMMETRIC, check_qscheme, quant_bounds
 from ..ops.choose_qparams import choose_qparams
+from ..ops.recomputation import is_recomputing
 from . import merging
 from .factory import FactoryMixin
 
@@ -201,8 +202,12 @@ class UniformQuantizationObserverBase(ObserverBase):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fold ``x`` into the statistics and return it as it is."""
-        self.observe(x)
+        """Fold ``x`` into the statistics and return it as it is.
+
+        A forward that activation checkpointing runs again, in the backward, counts nothing.
+        """
+        if not is_recomputing():
+            self.observe(x)
         return x
 
     def observed_range(self, enabled: Tensor | None = None) -> tuple[Tensor, Tensor]:

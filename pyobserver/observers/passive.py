@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..compat.hosts import offer_to_hosts
 from ..dtypes import PER_TENSOR, check_qscheme, quant_bounds
+from ..ops.recomputation import is_recomputing
 from .base import ObserverBase
 
 
@@ -121,7 +122,8 @@ class RecordingObserver(_PassiveObserver):
         self.tensor_val: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.tensor_val.append(x.clone())
+        if not is_recomputing():
+            self.tensor_val.append(x.clone())
         return x
 
     def get_tensor_value(self) -> list[Tensor]:

@@ -21,6 +21,7 @@ from ..observers import (
 )
 from ..observers.base import StatisticsModule
 from ..ops.minmax import minmax
+from ..ops.recomputation import is_recomputing
 from ..ops.tensor_quant import fake_tensor_quant, max_bound, tensor_quant
 from .clip import Clip
 from .descriptor import CALIB_METHODS, QuantDescriptor, check_flag, check_num_bits
@@ -369,7 +370,7 @@ class TensorQuantizer(StatisticsModule):
             return inputs
         if inputs.numel() == 0:
             return self._clip_empty(inputs)
-        if self._if_calib:
+        if self._if_calib and not is_recomputing():
             self._collect(inputs.detach())
         if self._if_quant:
             return self._quantize(inputs)

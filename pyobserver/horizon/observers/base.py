@@ -223,10 +223,7 @@ class ObserverBase(UniformQuantizationObserverBase):
 class EngineObserver(ObserverBase):
     """One that the engine watches for, in :meth:`observe`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fold ``x`` into the statistics and return it as it is."""
-        self.observe(x)
-        return x
+    forward = UniformQuantizationObserverBase.forward
 
 
 def _is_distributed() -> bool:
