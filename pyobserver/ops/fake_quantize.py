@@ -234,7 +234,7 @@ def _fake_backward(grad: Tensor, mask: Tensor) -> Tensor:
 
 
 _OPTIONS = (
-    "int quant_min, int quant_max, int? axis=None, Tensor? enabled=None, int[]? block_size=None"
+    "int quant_min, int quant_max, int? axis=None, Tensor? enabled=None, SymInt[]? block_size=None"
 )
 _ARGS = f"(Tensor x, Tensor scale, Tensor zero_point, {_OPTIONS})"
 _op_out = define(

@@ -225,7 +225,7 @@ def fake_backward(
 
 
 _GRID = "Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max"
-_GROUPS = "int? axis=None, int[]? block_size=None, Tensor? enabled=None"
+_GROUPS = "int? axis=None, SymInt[]? block_size=None, Tensor? enabled=None"
 _op = define(
     f"_learnable_fake_quantize({_GRID}, {_GROUPS}, float least_scale=0.0) -> Tensor",
     _check,
@@ -341,7 +341,7 @@ def _learnable_fake_quantize(
 
 
 _composite = define_composite(
-    f"{_OP}({_GRID}, int? axis=None, float grad_factor=1.0, int[]? block_size=None, "
+    f"{_OP}({_GRID}, int? axis=None, float grad_factor=1.0, SymInt[]? block_size=None, "
     "Tensor? enabled=None, Tensor? held=None, float least_scale=0.0, int normalize=0) -> Tensor",
     _learnable_fake_quantize,
 )

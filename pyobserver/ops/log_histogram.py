@@ -185,7 +185,7 @@ def reference(
 
 _op = define(
     "log_histogram(Tensor x, Tensor(a!) counts, Tensor(b!) min_val, Tensor(c!) max_val, "
-    "int? axis=None, int nonfinite=0, Tensor? enabled=None, int[]? block_size=None) -> ()",
+    "int? axis=None, int nonfinite=0, Tensor? enabled=None, SymInt[]? block_size=None) -> ()",
     _check,
     reference,
 )

@@ -150,7 +150,7 @@ def reference(
 _op = define(
     "minmax(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) nonfinite_count, "
     "int? axis=None, int update=0, float averaging_constant=0.01, int nonfinite=0, "
-    "Tensor? enabled=None, int[]? block_size=None) -> ()",
+    "Tensor? enabled=None, SymInt[]? block_size=None) -> ()",
     _check,
     reference,
 )

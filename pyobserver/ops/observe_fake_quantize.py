@@ -181,7 +181,7 @@ _STATE = (
     "Tensor(d!) scale, Tensor(e!) zero_point, Tensor eps, int quant_min, int quant_max, "
     "Tensor? observer_enabled=None, Tensor? fake_quant_enabled=None, int mapping=0, "
     "int? axis=None, int symmetric_zero_point=0, int update=1, float averaging_constant=0.01, "
-    "int nonfinite=0, int[]? block_size=None"
+    "int nonfinite=0, SymInt[]? block_size=None"
 )
 _op_mask = define(
     f"_observe_fake_quantize_mask({_STATE}) -> (Tensor, Tensor)", _check, reference_mask, fake_mask
