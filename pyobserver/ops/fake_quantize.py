@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from .. import _checks
 from .._native import status
@@ -331,9 +331,10 @@ def fake_quantize(
             return _fake_quantize_out(
                 x, scale, zero_point, out, quant_min, quant_max, axis, enabled, block_size
             )
+        call = _composite if is_exporting() and needs_gradient(x) else _call
         if block_size is None:
-            return _call(x, scale, zero_point, quant_min, quant_max, axis, enabled)
-        return _call(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
+            return call(x, scale, zero_point, quant_min, quant_max, axis, enabled)
+        return call(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
     except (RuntimeError, OverflowError, AttributeError, TypeError):
         _check(x, scale, zero_point, quant_min, quant_max, axis, enabled, block_size)
         check_values("fake_quantize", scale, zero_point, quant_min, quant_max, is_off(enabled))
@@ -356,4 +357,5 @@ def _fake_quantize_out(
     return out
 
 
-define_composite(f"fake_quantize{_ARGS} -> Tensor", fake_quantize)
+# an exported model keeps this one, and its gradient with it
+_composite = define_composite(f"fake_quantize{_ARGS} -> Tensor", _call)

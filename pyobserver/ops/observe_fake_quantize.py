@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from .. import _checks
 from ._autograd import with_gradient
@@ -221,7 +221,9 @@ def _settings(*options: Any) -> Any:
     )
 
 
-define_composite(f"observe_fake_quantize({_STATE}) -> Tensor", _observe_and_quantize)
+_composite = define_composite(
+    f"observe_fake_quantize({_STATE}) -> Tensor", _observe_and_quantize
+)
 
 
 def observe_fake_quantize(
@@ -277,7 +279,9 @@ def observe_fake_quantize(
         settings = _coded(*coded) if is_compiling() else _settings(*coded)
         if block_size is not None:
             settings = (*_coded(*coded), block_size)
-        return _observe_and_quantize(
+        # an exported model keeps this op, and its gradient with it
+        call = _composite if is_exporting() else _observe_and_quantize
+        return call(
             x, min_val, max_val, nonfinite_count, scale, zero_point, eps, quant_min, quant_max,
             observer_enabled, fake_quant_enabled, *settings,
         )  # fmt: skip
