@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from .compat.hosts import host_classes, offer_to_hosts
 from .dtypes import PER_CHANNEL, PER_TENSOR, SYMMETRIC, check_qscheme
@@ -24,7 +25,7 @@ from .observers import (
 from .observers.base import StatisticsModule, new_full
 from .ops.choose_qparams import choose_qparams
 from .ops.fake_quantize import fake_quantize
-from .ops.recomputation import unless_recomputing
+from .ops.recomputation import backward_task, unless_recomputing
 
 # exactly these: a subclass may observe in a way of its own
 _ONE_CALL = frozenset(
@@ -194,7 +195,9 @@ class FakeQuantize(FakeQuantizeBase):
         buffers = own["_buffers"]
         watcher = own["_modules"]["activation_post_process"]
         scale = buffers["scale"]
-        observer_enabled = unless_recomputing(buffers["observer_enabled"])
+        observer_enabled = buffers["observer_enabled"]
+        if is_dynamo_compiling() or backward_task() != -1:
+            observer_enabled = unless_recomputing(observer_enabled)
         if (
             self._observes_in_one_call
             and type(watcher) in _ONE_CALL

@@ -20,7 +20,7 @@ from ._library import define
 
 _OP = "_unless_in_backward"
 # private in torch; without them a checkpointed tensor counts twice, as in torch's batch norm
-_backward_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+backward_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _without_modes: Any = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
 
 _CHECKPOINT, _ENGINE = torch.utils.checkpoint.__file__, torch.autograd.graph.__file__
@@ -29,9 +29,9 @@ _CHECKPOINT, _ENGINE = torch.utils.checkpoint.__file__, torch.autograd.graph.__f
 def is_recomputing() -> bool:
     """Whether this is a forward that activation checkpointing runs again, in a backward.
 
-    So are the hooks and functions of gradients no recomputation, where grad mode is off.
+    Hooks and functions of gradients, in which grad mode is off, are not: they may be observed.
     """
-    return not is_dynamo_compiling() and _backward_task() != -1 and _is_rerun()
+    return not is_dynamo_compiling() and backward_task() != -1 and _is_rerun()
 
 
 def _is_rerun() -> bool:
@@ -54,7 +54,7 @@ def unless_recomputing(enabled: Tensor) -> Tensor:
     """
     if is_dynamo_compiling():
         return _op(enabled) if _is_checkpoint_traced() else enabled
-    if _backward_task() == -1 or not _is_rerun():
+    if backward_task() == -1 or not _is_rerun():
         return enabled
     # of a tracer's tensors it has to be one of them
     return _off(enabled.device) if type(enabled) is Tensor else torch.zeros_like(enabled)
@@ -88,7 +88,7 @@ def _check(enabled: Tensor) -> None:
 
 def reference(enabled: Tensor) -> Tensor:
     _check(enabled)
-    return enabled.clone() if _backward_task() == -1 else torch.zeros_like(enabled)
+    return enabled.clone() if backward_task() == -1 else torch.zeros_like(enabled)
 
 
 def fake(enabled: Tensor) -> Tensor:
