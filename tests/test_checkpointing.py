@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import pyobserver as po
+from pyobserver.ops import recomputation
 
 Forward = Callable[[Tensor], Tensor]
 SAVED = (torch.ops.aten.addmm.default, torch.ops.aten.tanh.default, torch.ops.aten.where.self)
@@ -105,6 +106,11 @@ def assert_as_plain(make: Maker, way: Callable[[nn.Module], Forward], context: s
 def test_a_step_is_as_without(name: str) -> None:
     for way, checkpointed in WAYS.items():
         assert_as_plain(MAKERS[name], checkpointed, way)
+
+
+def test_selective_checkpointing_sees_no_switch_made() -> None:
+    recomputation._off.cache_clear()
+    assert_as_plain(lambda: po.FakeQuantize(TWO), WAYS["recomputed"], "first of the process")
 
 
 COMPILED = [
