@@ -308,6 +308,22 @@ def test_switches() -> None:
     assert [m.observer_enabled.item() for m in model] == [0, 1]
 
 
+def test_an_observer_that_was_left_out_comes_back() -> None:
+    """By its switch, or by a state that has it on."""
+    on = make("affine")
+    on(batch())
+    on = on.state_dict()
+    for put_back in (lambda m: m.enable_observer(), lambda m: m.load_state_dict(on)):
+        module = learning("affine")
+        module.disable_observer()
+        put_back(module)
+        observer = module.activation_post_process
+        before = observer.max_val.clone()
+        module(batch(1) * 9)
+        assert observer.max_val > before
+        assert_same(module.scale, observer.calculate_qparams()[0])
+
+
 @EACH
 def test_two_forwards_before_a_backward(name: str) -> None:
     """The observer writes the scale in between: each gradient is of its own forward."""
