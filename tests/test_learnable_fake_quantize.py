@@ -308,6 +308,19 @@ def test_switches() -> None:
     assert [m.observer_enabled.item() for m in model] == [0, 1]
 
 
+@EACH
+def test_an_observer_that_is_off_leaves_the_parameters_alone(name: str) -> None:
+    """Every bit of them: a zero point between two integers too."""
+    module = learning(name)
+    module.enable_observer()
+    module.disable_observer()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.625)
+    with unchanged(module.scale.detach(), module.zero_point.detach()):
+        module(batch(1))
+
+
 def test_an_observer_that_was_left_out_comes_back() -> None:
     """By its switch, or by a state that has it on."""
     on = make("affine")
