@@ -441,7 +441,7 @@ def test_kernel_rejects(backend: Backend, name: str) -> None:
 def test_negative_value_in_an_unsigned_grid(
     backend: Backend, size: int, dtype: torch.dtype
 ) -> None:
-    """Wherever it lies; what the lower bound takes away is none."""
+    """Wherever it lies, in any thread's part; what the lower bound takes away is none."""
     bounds = bounds_of(-1.0, 2.0, backend.device)
     for at in sorted({0, size // 3, size - 1}):
         x = sample(size, dtype).abs().to(backend.device)
@@ -451,7 +451,10 @@ def test_negative_value_in_an_unsigned_grid(
         if backend.cuda:
             assert backend.op("_learnable_clip")(x, *bounds, 8, True)[at] == 0
         else:
-            with pytest.raises((TypeError, RuntimeError), match="x: expected no negative value"):
+            with (
+                threads(3),
+                pytest.raises((TypeError, RuntimeError), match="x: expected no negative value"),
+            ):
                 backend.op("_learnable_clip")(x, *bounds, 8, True)
 
 
