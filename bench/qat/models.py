@@ -24,7 +24,7 @@ BASE = "no fake-quantize"
 HOOKS = "hooks alone"
 THEIRS, OURS = "torch.ao FakeQuantize", "our FakeQuantize"
 THEIRS_FUSED, OURS_FUSED = "torch.ao fused", "our fused"
-THEIRS_LEARNED = "torch.ao learnable"
+THEIRS_LEARNED, OURS_LEARNED = "torch.ao learnable", "our learnable"
 DTYPES = ("float32", "bfloat16")  # the second by autocast
 _RATE = 1e-3
 
@@ -142,11 +142,13 @@ MODULES = {
     THEIRS_LEARNED: _learned(torch_ao, _LearnableFakeQuantize, use_grad_scaling=True),
     OURS: _straight_through(pyobserver),
     OURS_FUSED: _fused(pyobserver),
+    OURS_LEARNED: _learned(pyobserver, pyobserver.LearnableFakeQuantize),
 }
 # contenders that do the same, and for how many steps their losses are alike
 ALIKE = (
     (OURS, THEIRS, 5),
     (OURS_FUSED, THEIRS_FUSED, 5),
+    (OURS_LEARNED, THEIRS_LEARNED, 1),  # of channels, torch.ao makes the gradients smaller
 )
 _FLOAT32_ALONE = (THEIRS_FUSED,)
 
