@@ -358,4 +358,4 @@ def _fake_quantize_out(
 
 
 # an exported model keeps this one, and its gradient with it
-_composite = define_composite(f"fake_quantize{_ARGS} -> Tensor", _call)
+_composite = define_composite(f"fake_quantize{_ARGS} -> Tensor", lambda *args: _call(*args))

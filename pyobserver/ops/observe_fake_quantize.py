@@ -221,9 +221,7 @@ def _settings(*options: Any) -> Any:
     )
 
 
-_composite = define_composite(
-    f"observe_fake_quantize({_STATE}) -> Tensor", _observe_and_quantize
-)
+_composite = define_composite(f"observe_fake_quantize({_STATE}) -> Tensor", _observe_and_quantize)
 
 
 def observe_fake_quantize(
