@@ -239,8 +239,6 @@ _op_backward = define(
     reference_backward,
     fake_backward,
 )
-batch("_learnable_fake_quantize_backward", partial(over_batch, lane_by_lane, _op_backward))
-
 _lanes = partial(over_batch, lane_by_lane)
 batch("_learnable_fake_quantize_backward", partial(_lanes, _op_backward))
 
