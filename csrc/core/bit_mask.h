@@ -6,7 +6,7 @@
 #include "dtype.h"
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace pyobserver::PYOBS_ISA {
@@ -22,6 +22,13 @@ PYOBS_HD void pack_bits(uint8_t* flags, int64_t n, int bit, uint8_t* bytes) {
     return;
   }
   int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + 32 <= n; i += 32) {
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(flags + i));
+    const auto bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_slli_epi16(values, 7)));
+    __builtin_memcpy(bytes + i / 8, &bits, sizeof(bits));
+  }
+#endif
 #if defined(__SSE2__)
   for (; i + 16 <= n; i += 16) {
     const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(flags + i));

@@ -43,8 +43,8 @@ PYOBS_HD void quantize_elements(const T* x, T* y, uint8_t* inside, int64_t n, fl
 template <class T, bool wide, bool masked>
 void quantize_runs(const T* x, T* y, uint8_t* inside, int64_t n, int64_t position,
                    const ChannelParams& params, const QuantGrid& grid) {
-  int64_t channel = position / params.inner;
-  int64_t left = params.inner - position % params.inner;
+  int64_t channel = params.channels == 1 ? 0 : position / params.inner;
+  int64_t left = params.channels == 1 ? n : params.inner - position % params.inner;
   for (int64_t i = 0; i < n;) {
     const int64_t count = left < n - i ? left : n - i;
     const int64_t at = params.base + channel;
@@ -135,14 +135,16 @@ void quantize_expanded(const T* x, T* y, uint8_t* inside, int64_t n, const Expan
 template <class T, bool wide>
 void forward_runs(const T* x, T* y, uint8_t* mask, int64_t first, int64_t n, int64_t offset,
                   const ChannelParams& params, const QuantGrid& grid) {
-  const int64_t period = params.channels * params.inner;
+  // the divisions that find a channel would take a tenth of a block's time
+  const int64_t period = params.channels == 1 ? 0 : params.channels * params.inner;
+  const auto position = [&](int64_t i) { return period == 0 ? 0 : (offset + i) % period; };
   if (mask == nullptr) {
-    quantize_runs<T, wide, false>(x, y, nullptr, n, offset % period, params, grid);
+    quantize_runs<T, wide, false>(x, y, nullptr, n, position(0), params, grid);
     return;
   }
   for_each_block(n, first, mask, [&](int64_t begin, int64_t count, uint8_t* inside) {
-    quantize_runs<T, wide, true>(x + begin, y + begin, inside, count, (offset + begin) % period,
-                                 params, grid);
+    quantize_runs<T, wide, true>(x + begin, y + begin, inside, count, position(begin), params,
+                                 grid);
   });
 }
 
