@@ -42,6 +42,7 @@ _REFERENCES = {
     "_fake_quantize_mask": ("fake_quantize", "reference_mask"),
     "_fake_quantize_out": ("fake_quantize", "reference_out"),
     "_fake_quantize_backward": ("fake_quantize", "reference_backward"),
+    "_fake_quantize_backward_": ("fake_quantize", "reference_backward_"),
     "_learnable_clip": ("learnable_clip", "reference"),
     "_learnable_clip_mask": ("learnable_clip", "reference_mask"),
     "_learnable_clip_backward": ("learnable_clip", "reference_backward"),
@@ -52,6 +53,7 @@ _REFERENCES = {
     "_tensor_quant": ("tensor_quant", "reference"),
     "_tensor_quant_mask": ("tensor_quant", "reference_mask"),
     "_tensor_quant_backward": ("tensor_quant", "reference_backward"),
+    "_tensor_quant_backward_": ("tensor_quant", "reference_backward_"),
     "_fake_tensor_quant": ("tensor_quant", "reference_fake"),
     "_fake_tensor_quant_mask": ("tensor_quant", "reference_fake_mask"),
 }

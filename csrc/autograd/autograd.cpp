@@ -3,6 +3,7 @@
 //
 // The stable ABI has no autograd, so this is built against torch's C++ API, for the one version of
 // torch that was there: under another it is not loaded, and the Python Functions serve.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_strided.h>
@@ -30,6 +31,7 @@ struct Gradient {
   OperatorHandle forward;   // what runs where a gradient is needed; its last result is kept
   OperatorHandle backward;  // (gradient of the first result, what was kept) -> gradients
   size_t inputs;            // the arguments that get one, which are the first
+  std::optional<OperatorHandle> in_place;  // backward into the gradient itself
 };
 
 // Gradients of which a gradient was asked for; whoever takes that is told why it cannot be.
@@ -63,7 +65,7 @@ const Gradient& kept(AutogradContext* ctx) {
 }
 
 // The gradient laid out as the output was: the kernels read it in the order of that memory.
-Tensor laid_out(AutogradContext* ctx, const Tensor& grad) {
+Tensor laid_out(AutogradContext* ctx, Tensor grad) {
   const auto found = ctx->saved_data.find("strides");
   if (found == ctx->saved_data.end()) {
     return grad.contiguous();
@@ -73,6 +75,13 @@ Tensor laid_out(AutogradContext* ctx, const Tensor& grad) {
     return grad;
   }
   return at::empty_strided_symint(grad.sym_sizes(), strides, grad.options()).copy_(grad);
+}
+
+// Whether a dense gradient is nobody else's, so that the result may take its memory: half of the
+// backward's traffic. As the engine asks where it adds gradients in place.
+bool is_ours(const Tensor& grad) {
+  return !at::GradMode::is_enabled() && grad.use_count() == 1 && grad.has_storage() &&
+         grad.storage().use_count() == 1 && !at::isTensorSubclassLike(grad);
 }
 
 struct Masked : torch::autograd::Function<Masked> {
@@ -94,18 +103,27 @@ struct Masked : torch::autograd::Function<Masked> {
     }
     return y;
   }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  // not const: the engine's reference is taken over
+  static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     const Gradient& gradient = kept(ctx);
     variable_list found(gradient.inputs);
     if (grads[0].defined()) {
-      Stack stack{laid_out(ctx, grads[0]), ctx->get_saved_variables()[0]};
-      gradient.backward.callBoxed(stack);
-      for (size_t i = 0; i < gradient.inputs; ++i) {
-        found[i] = std::move(stack[i]).toTensor();
-      }
-      shape_learned(ctx, &found);
-      if (at::GradMode::is_enabled()) {
-        found = Refused::apply(grads[0], found, gradient.function);
+      Tensor grad = laid_out(ctx, std::move(grads[0]));
+      const Tensor mask = ctx->get_saved_variables()[0];
+      if (gradient.in_place && is_ours(grad)) {
+        Stack stack{grad, mask};
+        gradient.in_place->callBoxed(stack);
+        found[0] = std::move(grad);
+      } else {
+        Stack stack{grad, mask};
+        gradient.backward.callBoxed(stack);
+        for (size_t i = 0; i < gradient.inputs; ++i) {
+          found[i] = std::move(stack[i]).toTensor();
+        }
+        shape_learned(ctx, &found);
+        if (at::GradMode::is_enabled()) {
+          found = Refused::apply(grad, found, gradient.function);
+        }
       }
     }
     found.resize(gradient.inputs + 2);  // of the arguments that are no tensors
@@ -202,9 +220,11 @@ PYBIND11_MODULE(_autograd, m) {
       [](const std::string& space, const std::string& op, const std::string& forward,
          const std::string& backward) {
         const OperatorHandle last = find(space, backward);
-        implement(space, op,
-                  new Gradient{op.substr(op[0] == '_'), find(space, forward), last,
-                               last.schema().returns().size()});
+        implement(
+            space, op,
+            new Gradient{
+                op.substr(op[0] == '_'), find(space, forward), last, last.schema().returns().size(),
+                c10::Dispatcher::singleton().findSchema({space + "::" + backward + "_", ""})});
       },
       py::arg("namespace"), py::arg("op"), py::arg("forward"), py::arg("backward"),
       "As implement(), with gradients of the first arguments, as many as `backward` has results:\n"

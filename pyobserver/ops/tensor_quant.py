@@ -165,6 +165,10 @@ def reference_backward(grad: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
+def reference_backward_(grad: Tensor, mask: Tensor) -> None:
+    grad.copy_(reference_backward(grad, mask))
+
+
 def _empty_scale(inputs: Tensor, amax: Tensor) -> Tensor:
     return amax.new_empty(amax.shape, dtype=inputs.dtype)
 
@@ -200,6 +204,11 @@ _op_backward = define(
     _check_backward,
     reference_backward,
     _fake_backward,
+)
+_op_backward_ = define(  # where the gradient is nobody else's
+    "_tensor_quant_backward_(Tensor(a!) grad, Tensor mask) -> ()",
+    _check_backward,
+    reference_backward_,
 )
 _op_mask = define(
     f"_tensor_quant_mask{_ARGS} -> (Tensor, Tensor, Tensor)",

@@ -12,9 +12,10 @@ from torch import Tensor
 import pyobserver as po
 from pyobserver import ops
 
-from .cases import DTYPES, assert_same
+from .cases import DTYPES, assert_same, threads
 from .differentiable import (
     CASES,
+    GRADS,
     GRID,
     HIGH,
     LOW,
@@ -222,3 +223,74 @@ def test_clip_is_differentiable() -> None:
     bounds = torch.tensor([LOW, HIGH], dtype=torch.float64)
     given = [t.clone().requires_grad_() for t in (away_from_kinks(), *bounds)]
     assert torch.autograd.gradcheck(call, given, eps=2**-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["_fake_quantize_backward", "_tensor_quant_backward"])
+def test_backward_in_place(backend: Backend, op: str, dtype: torch.dtype) -> None:
+    """Of more elements than a thread has, at an odd place in memory too."""
+    count = 70_001
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.randint(0, 256, ((count + 7) // 8,), generator=generator, dtype=torch.uint8)
+    mask = mask.to(backend.device)
+    drawn = torch.randn(count + 1, generator=generator).to(dtype)
+    drawn[:11] = torch.tensor(GRADS, dtype=torch.float64).to(dtype)
+    for grad in (drawn[:-1], drawn[1:]):
+        grad = grad.to(backend.device)
+        expected = backend.op(op)(grad, mask)
+        with threads(2):
+            assert backend.op(f"{op}_")(grad, mask) is None
+        assert_same(grad, expected)
+
+
+@pytest.mark.parametrize("op", ["_fake_quantize_backward", "_tensor_quant_backward"])
+def test_backward_in_place_rejects(backend: Backend, op: str) -> None:
+    for grad, mask in (
+        (torch.ones(9), torch.zeros(1, dtype=torch.uint8)),
+        (torch.ones(9)[::2], torch.zeros(1, dtype=torch.uint8)),
+        (torch.ones(9), torch.zeros(2)),
+    ):
+        before = grad.clone()
+        with pytest.raises((RuntimeError, ValueError, TypeError), match=op.removeprefix("_")):
+            backend.op(f"{op}_")(grad.to(backend.device), mask.to(backend.device))
+        assert_same(grad, before)
+
+
+def clipped(x: Tensor, high: int) -> Tensor:
+    """On the integers up to one of them."""
+    return ops.fake_quantize(x, torch.ones(1), torch.zeros(1, dtype=torch.int32), -high, high)
+
+
+def test_gradient_that_somebody_else_holds_is_kept() -> None:
+    """Only one of its own becomes the result in place."""
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    first, second = (torch.tensor([-3.0, -1.0, 1.0, 3.0]).requires_grad_() for _ in range(2))
+    y = clipped(first, 2)
+    given = weights.clone()
+    y.backward(given, retain_graph=True)
+    assert_same(given, weights)
+
+    y.retain_grad()
+    seen: list[Tensor] = []
+    y.register_hook(seen.append)
+    ((y + clipped(second, 1)) * weights).sum().backward()  # one gradient for both
+    assert_same(y.grad, weights)
+    assert_same(seen[0], weights)
+    assert_same(first.grad, torch.tensor([0.0, 4.0, 6.0, 0.0]))
+    assert_same(second.grad, torch.tensor([0.0, 2.0, 3.0, 0.0]))
+
+    z = clipped(first, 2)
+    both = torch.autograd.grad((z * weights).sum(), [z, first])
+    assert_same(both[0], weights)
+    assert_same(both[1], torch.tensor([0.0, 2.0, 3.0, 0.0]))
+
+
+@pytest.mark.skipif(po.native_status.autograd is None, reason="Python holds a gradient itself")
+def test_gradient_of_its_own_becomes_the_result() -> None:
+    x = torch.randn(100, requires_grad=True)
+    y = clipped(x, 2)
+    with torch.autograd.profiler.profile(use_kineto=False) as profile:
+        (y * 2).sum().backward()
+    names = [event.name for event in profile.function_events]
+    assert "pyobserver::_fake_quantize_backward_" in names
+    assert "pyobserver::_fake_quantize_backward" not in names

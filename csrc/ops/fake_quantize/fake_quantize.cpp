@@ -89,6 +89,11 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
   return mask_backward(kFakeQuantizeBackward, grad, mask, by_parts(fake_quantize_table().backward));
 }
 
+void fake_quantize_backward_(Tensor grad, const Tensor& mask) {
+  mask_backward_in_place(kFakeQuantizeBackward, grad, mask,
+                         by_parts(fake_quantize_table().backward));
+}
+
 }  // namespace
 }  // namespace pyobserver
 
@@ -97,4 +102,5 @@ STABLE_TORCH_LIBRARY_IMPL(pyobserver, CPU, m) {
   m.impl("_fake_quantize_out", TORCH_BOX(&pyobserver::fake_quantize_out));
   m.impl("_fake_quantize_mask", TORCH_BOX(&pyobserver::fake_quantize_mask));
   m.impl("_fake_quantize_backward", TORCH_BOX(&pyobserver::fake_quantize_backward));
+  m.impl("_fake_quantize_backward_", TORCH_BOX(&pyobserver::fake_quantize_backward_));
 }

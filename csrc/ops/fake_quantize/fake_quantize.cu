@@ -215,8 +215,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int size>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ mask,
-                    T* __restrict__ out, int64_t n) {
+    backward_kernel(const T* grad, const uint8_t* __restrict__ mask, T* out, int64_t n) {
   using Some = Pack<T, size>;
   const int64_t packs = n / size;
   const int64_t step = threads_of_grid();
@@ -340,8 +339,9 @@ Tensor fake_quantize_forward(const char* op, const FakeQuantizeArgs& args) {
 
 namespace {
 
-Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
-  const auto launch = [&](DType dtype, const void* from, const uint8_t* bits, void* to, int64_t n) {
+// grad may be out: a thread reads and writes elements of its own.
+auto backward_launch(const Tensor& grad) {
+  return [&grad](DType dtype, const void* from, const uint8_t* bits, void* to, int64_t n) {
     const CudaContext cuda(kFakeQuantizeBackward, grad);
     dispatch(dtype, from, [&](const auto* typed) {
       using T = typename Pointee<decltype(typed)>::type;
@@ -352,7 +352,14 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
       cuda.launch(kernel, blocks, kThreads, 0, typed, bits, static_cast<T*>(to), n);
     });
   };
-  return mask_backward(kFakeQuantizeBackward, grad, mask, launch);
+}
+
+Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask) {
+  return mask_backward(kFakeQuantizeBackward, grad, mask, backward_launch(grad));
+}
+
+void fake_quantize_backward_(Tensor grad, const Tensor& mask) {
+  mask_backward_in_place(kFakeQuantizeBackward, grad, mask, backward_launch(grad));
 }
 
 }  // namespace
@@ -363,4 +370,5 @@ STABLE_TORCH_LIBRARY_IMPL(pyobserver, CUDA, m) {
   m.impl("_fake_quantize_out", TORCH_BOX(&pyobserver::fake_quantize_out));
   m.impl("_fake_quantize_mask", TORCH_BOX(&pyobserver::fake_quantize_mask));
   m.impl("_fake_quantize_backward", TORCH_BOX(&pyobserver::fake_quantize_backward));
+  m.impl("_fake_quantize_backward_", TORCH_BOX(&pyobserver::fake_quantize_backward_));
 }

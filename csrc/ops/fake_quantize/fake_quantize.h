@@ -112,7 +112,7 @@ struct FakeQuantizeTable {
   // mask: may be null; bit `first` and those after it, of which a byte begun before is kept.
   void (*forward)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t first, int64_t n,
                   int64_t offset, const ChannelParams& params, const QuantGrid& grid);
-  // begin is a multiple of 8.
+  // begin is a multiple of 8; out may be grad.
   void (*backward)(DType dtype, const void* grad, const uint8_t* mask, void* out, int64_t begin,
                    int64_t end);
 };

@@ -196,14 +196,14 @@ void forward_any(DType dtype, const void* x, void* y, uint8_t* mask, int64_t fir
 }
 
 template <class T>
-void backward(const T* __restrict grad, const uint8_t* __restrict mask, T* __restrict out,
-              int64_t begin, int64_t end) {
+void backward(const T* grad, const uint8_t* __restrict mask, T* out, int64_t begin, int64_t end) {
   constexpr int kLanes = 32;
   // a product, as in torch: a clipped NaN stays NaN, a clipped -1 is -0
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
     uint32_t bits;
     __builtin_memcpy(&bits, mask + i / 8, sizeof(bits));
+#pragma GCC ivdep
     for (int lane = 0; lane < kLanes; ++lane) {
       const float kept = (bits & (1u << lane)) != 0 ? 1.0f : 0.0f;
       store(static_cast<double>(widen(grad[i + lane]) * kept), &out[i + lane]);

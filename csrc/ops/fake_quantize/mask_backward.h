@@ -6,19 +6,34 @@
 
 namespace pyobserver {
 
-// backward: (dtype, grad, mask, out, n)
+// backward: (dtype, grad, mask, out, n); out may be the gradient itself.
+template <class Backward>
+inline void mask_backward_into(const char* op, const Tensor& grad, const Tensor& mask,
+                               const Tensor& out, const Backward& backward) {
+  const int64_t n = grad.numel();
+  if (n > 0) {
+    backward(input_dtype(op, "grad", grad), grad.const_data_ptr(), const_data<uint8_t>(mask),
+             out.mutable_data_ptr(), n);
+  }
+}
+
 template <class Backward>
 inline Tensor mask_backward(const char* op, const Tensor& grad, const Tensor& mask,
                             const Backward& backward) {
-  const DType dtype = input_dtype(op, "grad", grad);
-  const int64_t n = grad.numel();
+  input_dtype(op, "grad", grad);
   check_backward(op, grad, mask);
-  Tensor out = empty_output(grad, n > 0);
-  if (n == 0) {
-    return out;
-  }
-  backward(dtype, grad.const_data_ptr(), const_data<uint8_t>(mask), out.mutable_data_ptr(), n);
+  Tensor out = empty_output(grad, grad.numel() > 0);
+  mask_backward_into(op, grad, mask, out, backward);
   return out;
+}
+
+// The gradient itself becomes the result.
+template <class Backward>
+inline void mask_backward_in_place(const char* op, const Tensor& grad, const Tensor& mask,
+                                   const Backward& backward) {
+  input_dtype(op, "grad", grad);
+  check_backward(op, grad, mask);
+  mask_backward_into(op, grad, mask, grad, backward);
 }
 
 // Such a backward by a kernel of the CPU over torch's threads: (dtype, grad, mask, out, begin,

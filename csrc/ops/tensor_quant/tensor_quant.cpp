@@ -86,6 +86,10 @@ Tensor tensor_quant_backward(const Tensor& grad, const Tensor& mask) {
   return mask_backward(kTensorQuantBackward, grad, mask, by_parts(tensor_quant_table().backward));
 }
 
+void tensor_quant_backward_(Tensor grad, const Tensor& mask) {
+  mask_backward_in_place(kTensorQuantBackward, grad, mask, by_parts(tensor_quant_table().backward));
+}
+
 }  // namespace
 }  // namespace pyobserver
 
@@ -93,6 +97,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyobserver, CPU, m) {
   m.impl("_tensor_quant", TORCH_BOX(&pyobserver::tensor_quant));
   m.impl("_tensor_quant_mask", TORCH_BOX(&pyobserver::tensor_quant_mask));
   m.impl("_tensor_quant_backward", TORCH_BOX(&pyobserver::tensor_quant_backward));
+  m.impl("_tensor_quant_backward_", TORCH_BOX(&pyobserver::tensor_quant_backward_));
   m.impl("_fake_tensor_quant", TORCH_BOX(&pyobserver::fake_tensor_quant));
   m.impl("_fake_tensor_quant_mask", TORCH_BOX(&pyobserver::fake_tensor_quant_mask));
 }

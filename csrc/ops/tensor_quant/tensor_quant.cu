@@ -101,8 +101,8 @@ __global__ void forward_kernel(const T* __restrict__ x, T* __restrict__ y,
 
 // Of the bits of the gradients, as on the CPU.
 template <class Bits>
-__global__ void backward_kernel(const Bits* __restrict__ grad, const uint8_t* __restrict__ mask,
-                                Bits* __restrict__ out, int64_t n, bool aligned) {
+__global__ void backward_kernel(const Bits* grad, const uint8_t* __restrict__ mask, Bits* out,
+                                int64_t n, bool aligned) {
   constexpr int kSize = Pack<Bits>::size;
   for (int64_t first = thread_of_grid() * kSize; first < n; first += threads_of_grid() * kSize) {
     Pack<Bits> values = load_pack(grad + first, n - first, aligned);
@@ -157,8 +157,9 @@ void launch_backward(const CudaContext& cuda, const void* grad, const uint8_t* m
               static_cast<Bits*>(out), n, is_aligned(grad) && is_aligned(out));
 }
 
-Tensor tensor_quant_backward(const Tensor& grad, const Tensor& mask) {
-  const auto launch = [&](DType dtype, const void* from, const uint8_t* bits, void* to, int64_t n) {
+// grad may be out: a thread reads and writes elements of its own.
+auto backward_launch(const Tensor& grad) {
+  return [&grad](DType dtype, const void* from, const uint8_t* bits, void* to, int64_t n) {
     const CudaContext cuda(kTensorQuantBackward, grad);
     switch (element_size(dtype)) {
       case 8:
@@ -171,7 +172,14 @@ Tensor tensor_quant_backward(const Tensor& grad, const Tensor& mask) {
         launch_backward<uint16_t>(cuda, from, bits, to, n);
     }
   };
-  return mask_backward(kTensorQuantBackward, grad, mask, launch);
+}
+
+Tensor tensor_quant_backward(const Tensor& grad, const Tensor& mask) {
+  return mask_backward(kTensorQuantBackward, grad, mask, backward_launch(grad));
+}
+
+void tensor_quant_backward_(Tensor grad, const Tensor& mask) {
+  mask_backward_in_place(kTensorQuantBackward, grad, mask, backward_launch(grad));
 }
 
 }  // namespace
@@ -181,6 +189,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyobserver, CUDA, m) {
   m.impl("_tensor_quant", TORCH_BOX(&pyobserver::tensor_quant));
   m.impl("_tensor_quant_mask", TORCH_BOX(&pyobserver::tensor_quant_mask));
   m.impl("_tensor_quant_backward", TORCH_BOX(&pyobserver::tensor_quant_backward));
+  m.impl("_tensor_quant_backward_", TORCH_BOX(&pyobserver::tensor_quant_backward_));
   m.impl("_fake_tensor_quant", TORCH_BOX(&pyobserver::fake_tensor_quant));
   m.impl("_fake_tensor_quant_mask", TORCH_BOX(&pyobserver::fake_tensor_quant_mask));
 }

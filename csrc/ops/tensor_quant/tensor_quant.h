@@ -87,7 +87,7 @@ struct TensorQuantTable {
   // Returns whether there was a negative value, for an unsigned grid.
   bool (*forward)(DType dtype, const void* x, void* y, uint8_t* mask, int64_t first, int64_t n,
                   int64_t offset, const AmaxParams& params, const AmaxGrid& grid, bool fake);
-  // begin is a multiple of 8.
+  // begin is a multiple of 8; out may be grad.
   void (*backward)(DType dtype, const void* grad, const uint8_t* mask, void* out, int64_t begin,
                    int64_t end);
 };

@@ -184,13 +184,14 @@ bool forward_any(DType dtype, const void* x, void* y, uint8_t* mask, int64_t fir
 
 // Of the bits of the gradients: those of a clipped value become 0, whatever they were.
 template <class Bits>
-void backward(const Bits* __restrict grad, const uint8_t* __restrict mask, Bits* __restrict out,
-              int64_t begin, int64_t end) {
+void backward(const Bits* grad, const uint8_t* __restrict mask, Bits* out, int64_t begin,
+              int64_t end) {
   constexpr int kLanes = 32;
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
     uint32_t bits;
     __builtin_memcpy(&bits, mask + i / 8, sizeof(bits));
+#pragma GCC ivdep
     for (int lane = 0; lane < kLanes; ++lane) {
       out[i + lane] = (bits & (1u << lane)) != 0 ? grad[i + lane] : Bits{0};
     }
