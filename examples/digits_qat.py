@@ -11,12 +11,13 @@ measured, or trained from there:
   made for many values, for activations alone, with weights by min/max;
 - straight-through, scales by min/max: of the weights at each step, of the activations a moving
   average, held in the last half of the training;
-- straight-through, scales held at those of MSE.
+- straight-through, scales held at those of MSE;
+- LSQ: scales, and zero points of activations, learned from those of MSE on.
 
 Each seed has its own split, initialization and order of batches, shared by all rows. Every training
-starts at the same float weights and has the same epochs, optimizer and learning rate; the last
-epoch counts. The learning rate was chosen on the validation images of other seeds; the table is of
-the test images.
+starts at the same float weights and has the same epochs, optimizer and learning rate, and holds the
+batch norms' statistics in its last third; the last epoch counts. All that was chosen on validation
+images, that of the training on those of other seeds; the table is of the test images.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import argparse
 import copy
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from sklearn.datasets import load_digits
@@ -38,24 +39,27 @@ from torch.nn.functional import cross_entropy
 
 from pyobserver import (
     FakeQuantize,
+    LearnableFakeQuantize,
     LogHistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     PerChannelLogHistogramObserver,
     PerChannelMinMaxObserver,
-    disable_fake_quant,
+    QATSchedule,
     disable_observer,
-    enable_fake_quant,
-    enable_observer,
+    switch,
 )
 from pyobserver.ranges import METHODS
 
 BATCH, CALIBRATION = 64, 512  # images
 FLOAT_EPOCHS, FLOAT_LR = 20, 0.05
-QAT_EPOCHS, QAT_LR = 20, 0.03
+QAT_EPOCHS, QAT_LR = 30, 0.03
 FLOAT = "float32"
-BY_STEP, HELD = "QAT, min/max", "QAT, MSE, held"
-COLOURS = {BY_STEP: "#0072B2", HELD: "#009E73"}  # of Okabe and Ito
+BY_STEP, HELD, LSQ = "QAT, min/max", "QAT, MSE, held", "QAT, MSE, learned (LSQ)"
+COLOURS = {BY_STEP: "#0072B2", HELD: "#009E73", LSQ: "#D55E00"}  # of Okabe and Ito
+
+
+Schedule: TypeAlias = Callable[[nn.Module, int], QATSchedule]  # for so many steps
 
 
 class Split(NamedTuple):
@@ -109,26 +113,44 @@ class ConvNet(nn.Sequential):
 
 
 def fit(
-    model: nn.Module, data: Data, epochs: int, lr: float, seed: int, observing: int = 0
+    model: nn.Module,
+    data: Data,
+    epochs: int,
+    lr: float,
+    seed: int,
+    schedule: Schedule | None = None,
 ) -> list[float]:
-    """Train, with observers on in the first epochs; the validation accuracy after each."""
+    """Train; the validation accuracy after each epoch."""
     images, labels = data.train
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
     steps = epochs * -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    switches = schedule and schedule(model, steps)
     curve = []
-    for epoch in range(epochs):
+    for _ in range(epochs):
         model.train()
-        if epoch < observing:
-            model.apply(enable_observer)
         for index in torch.randperm(len(images), generator=order).split(BATCH):
             optimizer.zero_grad()
             cross_entropy(model(images[index]), labels[index]).backward()
             optimizer.step()
-            schedule.step()
+            decay.step()
+            if switches:
+                switches.step()
         curve.append(accuracy(model, data.validation))
+        if switches:
+            switches.apply()  # observers were off
     return curve
+
+
+def observing(model: nn.Module, steps: int) -> QATSchedule:
+    """Scales of the observers in the first half of the training, held in the second."""
+    return QATSchedule(model, observer_until=steps // 2, freeze_batch_norm_from=2 * steps // 3)
+
+
+def from_scales(model: nn.Module, steps: int) -> QATSchedule:
+    """No observers: scales as they were calibrated, or learned from there."""
+    return QATSchedule(model, observer_until=0, freeze_batch_norm_from=2 * steps // 3)
 
 
 @torch.no_grad()
@@ -138,35 +160,38 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return 100 * float((model(split.images).argmax(1) == split.labels).double().mean())
 
 
-def fake_quantize(observer: Any, bits: int, weight: bool) -> Any:
+def of_activations(observer: Any, bits: int, kind: type = FakeQuantize, **options: Any) -> Any:
     """A factory of fake-quantizers."""
-    low = -(2 ** (bits - 1)) if weight else 0
-    return FakeQuantize.with_args(
-        observer=observer,
-        quant_min=low,
-        quant_max=low + 2**bits - 1,
-        dtype=torch.qint8 if weight else torch.quint8,
-        qscheme=torch.per_channel_symmetric if weight else torch.per_tensor_affine,
-    )
+    grid = {"quant_min": 0, "quant_max": 2**bits - 1, "dtype": torch.quint8}
+    return kind.with_args(observer=observer, qscheme=torch.per_tensor_affine, **grid, **options)
+
+
+def of_weights(observer: Any, bits: int, kind: type = FakeQuantize) -> Any:
+    half = 2 ** (bits - 1)
+    grid = {"quant_min": -half, "quant_max": half - 1, "dtype": torch.qint8}
+    return kind.with_args(observer=observer, qscheme=torch.per_channel_symmetric, **grid)
 
 
 def calibrated(
-    model: ConvNet, images: Tensor, bits: int, activation: Any, weight: Any
+    model: ConvNet, images: Tensor, bits: int, activation: Any, weight: Any, learned: bool = False
 ) -> nn.Module:
     """A copy with fake-quantizers over these observers, which have seen the images."""
     model = copy.deepcopy(model).train()
     fuse_modules_qat(model, model.fused(), inplace=True)
-    of_weights = fake_quantize(weight, bits, weight=True)
-    model.qconfig = QConfig(fake_quantize(activation, bits, weight=False), of_weights)
+    act, wt = of_activations(activation, bits), of_weights(weight, bits)
+    if learned:
+        # LSQ's gradient of a scale does not depend on the size of the batch
+        act = of_activations(activation, bits, LearnableFakeQuantize, grad_factor="features")
+        wt = of_weights(weight, bits, LearnableFakeQuantize)
+    model.qconfig = QConfig(act, wt)
     # pixels have a known range
-    model.input.qconfig = QConfig(fake_quantize(MinMaxObserver, bits, weight=False), of_weights)
-    model.last.qconfig = QConfig(nn.Identity, of_weights)
+    model.input.qconfig = QConfig(of_activations(MinMaxObserver, bits), wt)
+    model.last.qconfig = QConfig(nn.Identity, wt)
     prepare_qat(model, inplace=True)
-    model.eval().apply(disable_fake_quant)
+    switch(model, fake_quant=False)
     with torch.no_grad():
-        model(images)
-    model.apply(disable_observer)
-    model.apply(enable_fake_quant)
+        model.eval()(images)
+    switch(model, fake_quant=True, observer=False)
     return model
 
 
@@ -195,21 +220,24 @@ def outcomes(
     fit(model, data, float_epochs, FLOAT_LR, seed)
     shown = data.train.images[:CALIBRATION]
 
-    def trained(model: nn.Module, epochs: int = 0, observing: int = 0) -> Outcome:
+    def measured(model: nn.Module, schedule: Schedule | None = None) -> Outcome:
         curve = [accuracy(model, data.validation)]
-        curve += fit(model, data, epochs, QAT_LR, seed, observing)
+        if schedule:
+            curve += fit(model, data, qat_epochs, QAT_LR, seed, schedule)
         return Outcome(curve, accuracy(model, data.test))
 
     found = {}
     for bits in widths:
-        found[FLOAT, bits] = trained(model)
+        found[FLOAT, bits] = measured(model)
         for method in METHODS:
             ptq = calibrated(model, shown, bits, *after_training(method))
-            found[f"PTQ, {method}", bits] = trained(ptq)
+            found[f"PTQ, {method}", bits] = measured(ptq)
         qat = calibrated(model, shown, bits, MovingAverageMinMaxObserver, PerChannelMinMaxObserver)
-        found[BY_STEP, bits] = trained(qat, qat_epochs, observing=qat_epochs // 2)
+        found[BY_STEP, bits] = measured(qat, observing)
         held = calibrated(model, shown, bits, *after_training("mse"))
-        found[HELD, bits] = trained(held, qat_epochs)
+        found[HELD, bits] = measured(held, from_scales)
+        lsq = calibrated(model, shown, bits, *after_training("mse"), learned=True)
+        found[LSQ, bits] = measured(lsq, from_scales)
     return found
 
 
