@@ -1,4 +1,4 @@
-"""The guide of each host runs, where its host is installed."""
+"""The guides run, those of a host where it is installed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 GUIDES = Path(__file__).parent.parent / "docs" / "guides"
 HOSTS = ("horizon", "llm_compressor", "nvidia", "onnxruntime", "torch_ao", "torchao")
+TASKS = ("training",)
 EXAMPLES = [
     pytest.param(page.stem, example, id=f"{page.stem}-{i}")
     for page in sorted(GUIDES.glob("*.md"))
@@ -45,8 +46,8 @@ def test_example_runs(
     assert "quantized" in names
 
 
-def test_each_host_has_a_guide() -> None:
-    assert {page for page, _ in (each.values for each in EXAMPLES)} == set(HOSTS)
+def test_each_host_and_task_has_a_guide() -> None:
+    assert {page for page, _ in (each.values for each in EXAMPLES)} == {*HOSTS, *TASKS}
 
 
 def test_files_that_the_guides_name_are_there() -> None:
