@@ -40,6 +40,7 @@ OBSERVERS: dict[str, Maker] = {
     "LogHistogram": lambda: po.LogHistogramObserver(3),
     "LogHistogram_per_channel": lambda: po.PerChannelLogHistogramObserver(1, 3, num_channels=4),
     "LogHistogram_per_block": lambda: po.PerBlockLogHistogramObserver((1, 2, 5), 3),
+    "MinMax_per_block": lambda: po.PerBlockMinMaxObserver((1, 2, 5)),
     "KL": lambda: po.KLObserver(bins=64, start_bin=16, mantissa_bits=3),
     "MSE": lambda: po.MSEObserver(3),
     "Percentile": lambda: po.PercentileObserver(0.9, mantissa_bits=3),
@@ -51,12 +52,29 @@ PASSIVE: dict[str, Maker] = {
     "Recording": po.RecordingObserver,
     "ReuseInput": po.ReuseInputObserver,
 }
+
+
+def _learning(module: po.LearnableFakeQuantize) -> nn.Module:
+    module(BATCHES[0])
+    module.enable_param_learning()
+    return module
+
+
 FAKE_QUANTIZES: dict[str, Maker] = {
     **{
         f"FakeQuantize_{name}": lambda make=make: po.FakeQuantize(make)
         for name, make in OBSERVERS.items()
-        if name != "LogHistogram_per_block"
+        if not name.endswith("_per_block")
     },
+    "Learnable": po.LearnableFakeQuantize,
+    "Learnable_learning": lambda: _learning(po.LearnableFakeQuantize(grad_factor="features")),
+    "Learnable_per_channel": lambda: po.LearnableFakeQuantize(
+        po.PerChannelMinMaxObserver,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=1,
+        num_channels=4,
+    ),
     "FakeQuantize_symmetric": lambda: po.FakeQuantize(
         po.MovingAveragePerChannelMinMaxObserver,
         dtype=torch.qint8,
@@ -199,10 +217,11 @@ def public_classes() -> set[type[nn.Module]]:
         and issubclass(cls, nn.Module)
         and not inspect.isabstract(cls)
         and cls not in bases
+        and not issubclass(cls, nn.modules.batchnorm._BatchNorm)  # they watch nothing
     }
 
 
 def state_of(module: nn.Module) -> list[Tensor]:
-    """The buffers and what is recorded, as they are now."""
+    """What the module holds and what is recorded, as it is now."""
     recorded = [t for m in module.modules() for t in getattr(m, "tensor_val", ())]
-    return [t.detach().clone() for t in (*module.buffers(), *recorded)]
+    return [t.detach().clone() for t in (*module.parameters(), *module.buffers(), *recorded)]

@@ -133,7 +133,7 @@ def with_gradient(
         if is_transformed():
             if rule is not None:
                 return transformed(op_mask, rule, *args)
-            raise RuntimeError(
+            raise NotImplementedError(
                 f"{public_name(op)}: expected no transform of torch.func and no forward mode, "
                 "which it does not serve"
             )

@@ -191,8 +191,8 @@ def learnable_clip(
         TypeError, ValueError: name the argument, what was expected and what came.
         ValueError: a bound that is NaN; with ``num_bits`` a negative ``max(-low, high)``.
         TypeError: a negative value among the clipped ones where ``unsigned``.
-        RuntimeError: the gradient was differentiated; a transform of ``torch.func`` or forward
-            mode is active.
+        RuntimeError: the gradient was differentiated.
+        NotImplementedError: a transform of ``torch.func`` or forward mode is active.
 
         The values are looked at on the CPU alone; elsewhere that would be a device sync. There a
         bound that is NaN does not clip, and on a grid it or a negative amax makes NaN of all.

@@ -326,15 +326,14 @@ def _learnable_fake_quantize(
     least_scale: float = 0.0,
     normalize: int = NONE,
 ) -> Tensor:
-    function = _Learnable
+    options = (
+        quant_min, quant_max, grad_factor, axis, block_size, enabled, held, least_scale, normalize,
+    )  # fmt: skip
     if is_transformed():
         refuse_compiled()
-        function = _Transformed
-    if function is _Transformed or needs_gradient(x, scale, zero_point):
-        return function.apply(
-            x, scale, zero_point, quant_min, quant_max, grad_factor, axis, block_size,
-            enabled, held, least_scale, normalize,
-        )  # fmt: skip
+        return _Transformed.apply(x, scale, zero_point, *options)
+    if needs_gradient(x, scale, zero_point):
+        return _Learnable.apply(x, scale, zero_point, *options)
     return _op(x, scale, zero_point, quant_min, quant_max, axis, block_size, enabled, least_scale)
 
 

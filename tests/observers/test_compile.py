@@ -48,7 +48,7 @@ def assert_no_more_graphs(
 
 RECOMPILED = {"Recording"}  # a list that grows
 # a scale for each block of the batch too
-OF_ONE_SHAPE = {"LogHistogram_per_block"}
+OF_ONE_SHAPE = {"LogHistogram_per_block", "MinMax_per_block"}
 
 
 def test_no_class_is_left_out() -> None:
