@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ._checks import is_dtensor
 from .fake_quantize import FakeQuantize
 from .observers import ObserverBase, merging
+from .ops.recomputation import is_recomputing
 
 __all__ = ["SyncHandle", "sync", "sync_after_forward"]
 
@@ -107,7 +108,9 @@ def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None)
 
     All ranks must run the model together, as DDP and FSDP want it too, one that has an empty batch
     among them. In eval mode nothing is sent: a rank may validate alone. A forward costs the
-    all-reduces of :func:`sync`, five at most, and waits for them.
+    all-reduces of :func:`sync`, five at most, and waits for them. One that activation checkpointing
+    runs again, in the backward, sends nothing; it quantizes by the scale of all ranks, which the
+    first run did not have yet, until the observers are off.
 
     Args:
         model: what is called in training: all ranks' have the same state before the first forward.
@@ -116,7 +119,7 @@ def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None)
         group: see :func:`sync`.
 
     Returns:
-        What removes it; a model is pickled without it. Copies go on to sync.
+        What removes it, as is to be done before the model is pickled. Copies go on to sync.
 
     Raises:
         TypeError: no module.
@@ -139,6 +142,8 @@ def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None)
 
     @torch.compiler.disable
     def before(module: nn.Module, args: Any) -> None:
+        if is_recomputing():
+            return
         counted.clear()
         if module.training and dist.get_rank(group) != 0:  # which brings what all have
             observers = _not_synced_in_forward(module)
@@ -146,7 +151,7 @@ def sync_after_forward(model: nn.Module, group: dist.ProcessGroup | None = None)
 
     @torch.compiler.disable
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training or dist.get_world_size(group) < 2:
+        if not module.training or dist.get_world_size(group) < 2 or is_recomputing():
             return
         observers = _not_synced_in_forward(module)
         _merge(observers, group, [counted.get(name) for name in observers])

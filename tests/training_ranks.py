@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as saved
 import torch.nn.functional as F
 from distributed_ranks import (
     assert_same_on_all_ranks,
+    counting_all_reduces,
     counts,
     per_channel_counts,
     state_bytes,
@@ -387,6 +388,21 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
+def a_forward_that_is_run_again_sends_nothing() -> None:
+    for reentrant in (False, True):
+        plain, model = Model(), Model()
+        for each in (plain, model):
+            sync_after_forward(each)
+        for step in range(STEPS):
+            x = batch(dist.get_rank(), step).requires_grad_()
+            plain(x)
+            y = checkpoint(model, x, use_reentrant=reentrant, early_stop=False)
+            with counting_all_reduces() as calls:
+                y.sum().backward()
+            assert not calls
+            assert state_bytes(model, own=()) == state_bytes(plain, own=())
+
+
 def fsdp_with_checkpoints_has_the_same_gradients() -> None:
     plain = linears()
     model = nn.Sequential(Checkpointed(plain[0]), plain[1], Checkpointed(plain[2]))
@@ -430,6 +446,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     observers_that_are_off_stay_as_they_are,
     one_rank_alone_may_validate,
     a_saved_state_goes_on,
+    a_forward_that_is_run_again_sends_nothing,
     under_compile,
     fsdp_trains_as_ddp_does,
     fsdp_learns_scales_as_ddp_does,
