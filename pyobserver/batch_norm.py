@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_exporting
 
 __all__ = [
     "FreezableBatchNorm1d",
@@ -119,12 +120,25 @@ class _Freezable(_BatchNorm):
             return self._by_running(input) if self.frozen else super().forward(input)
         frozen = self.frozen.bool()
         running_mean, running_var = self.running_mean, self.running_var
-        batch_mean, batch_var = _mean_and_var(input.detach(), running_mean)
+        exporting = is_exporting()  # which drops the backward of a Function
+        batch_mean, batch_var = _mean_and_var(input if exporting else input.detach(), running_mean)
         mean = torch.where(frozen, running_mean, batch_mean)
         var = torch.where(frozen, running_var, batch_var)
-        y = _Normalize.apply(input, self.weight, self.bias, mean, var, frozen, self.eps)
-        self._follow(mean, var, ~frozen, count)
+        if exporting:
+            y = self._by_operations(input, mean, var)
+        else:
+            y = _Normalize.apply(input, self.weight, self.bias, mean, var, frozen, self.eps)
+        self._follow(mean.detach(), var.detach(), ~frozen, count)
         return y
+
+    def _by_operations(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalized by operations that pass a gradient on to mean and variance."""
+        slope = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            slope = slope * self.weight
+        shape = -1, *[1] * (input.dim() - 2)
+        y = (input - mean.reshape(shape)) * slope.reshape(shape)
+        return (y if self.bias is None else y + self.bias.reshape(shape)).to(input.dtype)
 
     def _values_per_channel(self, input: Tensor) -> int:
         count = input.numel() // self.num_features
@@ -180,7 +194,7 @@ class FreezableBatchNorm2d(_Freezable, nn.BatchNorm2d):
 
     On the CPU, where the flag is at hand, the kernels are torch's. On a GPU it is read by a dozen
     small ops on the channels; of passes over the tensor there are one more than torch's, in the
-    backward.
+    backward. A graph of ``torch.export`` that is to train has torch's elementwise operations.
 
     Args:
         As of torch's; ``track_running_stats`` has to be True.

@@ -324,6 +324,23 @@ def test_inductor() -> None:
     assert_close(ours.state_dict(), eager.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch.export's own
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exported_it_trains_as_before(shape: str, options: str) -> None:
+    """With the gradient that goes by way of the mean and variance, until it is frozen."""
+    cls, sizes = SHAPES[shape]
+    eager, _ = pair(cls, **OPTIONS[options])
+    exported = torch.export.export(copy.deepcopy(eager), (torch.ones(sizes),)).module()
+    state: dict[str, Any] = dict(exported.named_buffers())
+    for frozen in (0, 1):
+        state["frozen"].fill_(frozen)
+        eager.frozen.fill_(frozen)
+        for x in batches(sizes):
+            assert_close(step(exported, x), step(eager, x), rtol=1e-4, atol=2e-6)
+            assert_close(state, dict(eager.named_buffers()))
+
+
 def model() -> nn.Sequential:
     inner = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, momentum=0.3))
     return nn.Sequential(inner, nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(20))
