@@ -143,6 +143,30 @@ def test_exports(name: str) -> None:
         assert_same(value, expected[key], key)
 
 
+TRAINED = [
+    "FakeQuantize_MovingAverage",
+    "FakeQuantize_Histogram_l2_greedy",
+    "Learnable",
+    "Learnable_learning",
+    "horizon_MinMax_QAT",
+    "TensorQuantizer",
+    "TensorQuantizer_amax",
+    "TensorQuantizer_clip",
+    "Clip",
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_exported_module_keeps_its_gradient(name: str) -> None:
+    """By public ops alone: the others have one only where autograd is in C++."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), made(name))
+    program = export(copy.deepcopy(model), (BATCHES[0],))
+    called = [str(node.target) for node in program.graph.nodes]
+    assert not [target for target in called if target.startswith("pyobserver._")]
+    assert_trains_alike(program.module(), model, BATCHES)
+
+
 @pytest.mark.parametrize("name", sorted(set(MAKERS) - {"Recording"}))
 def test_aot_autograd(name: str) -> None:
     """Functionalized: each tensor of the state is written once, at the end."""

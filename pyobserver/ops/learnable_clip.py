@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_exporting
 
 from .. import _checks
-from ._autograd import with_gradient
+from ._autograd import needs_gradient, with_gradient
 from ._elementwise import (
     check_dense_gradient,
     empty_output,
@@ -203,11 +204,13 @@ def learnable_clip(
     """
     args = x, low, high, num_bits, unsigned, narrow_range
     try:
-        return _call(*args)
+        call = _composite if is_exporting() and needs_gradient(x, low, high) else _call
+        return call(*args)
     except (RuntimeError, OverflowError, AttributeError, TypeError):
         _check(*args)
         _check_values(*args)
         raise
 
 
-define_composite(f"{_OP}{_ARGS} -> Tensor", learnable_clip)
+# an exported model keeps this one, and its gradient with it
+_composite = define_composite(f"{_OP}{_ARGS} -> Tensor", lambda *args: _call(*args))

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_exporting
 
 from .. import _checks
-from ._autograd import with_gradient
+from ._autograd import needs_gradient, with_gradient
 from ._elementwise import (
     check_backward,
     empty_output,
@@ -293,7 +294,8 @@ def tensor_quant(
     """
     args = inputs, amax, num_bits, unsigned, narrow_range
     try:
-        return _call(*args)
+        call = _composite if is_exporting() and needs_gradient(inputs) else _call
+        return call(*args)
     except (RuntimeError, OverflowError, AttributeError, TypeError):
         _check(_OP, *args)
         _check_values(_OP, *args)
@@ -322,7 +324,8 @@ def fake_tensor_quant(
     """
     args = inputs, amax, num_bits, unsigned, narrow_range
     try:
-        return _call_fake(*args)
+        call = _composite_fake if is_exporting() and needs_gradient(inputs) else _call_fake
+        return call(*args)
     except (RuntimeError, OverflowError, AttributeError, TypeError):
         _check(_FAKE, *args)
         _check_values(_FAKE, *args)
@@ -332,5 +335,23 @@ def fake_tensor_quant(
 _PUBLIC = (
     "(Tensor inputs, Tensor amax, int num_bits=8, bool unsigned=False, bool narrow_range=True)"
 )
-define_composite(f"tensor_quant{_PUBLIC} -> (Tensor, Tensor)", tensor_quant)
-define_composite(f"fake_tensor_quant{_PUBLIC} -> Tensor", fake_tensor_quant)
+
+
+def _complete(
+    inputs: Tensor,
+    amax: Tensor,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+) -> tuple[Any, ...]:
+    """The arguments, of which a composite gets no defaults."""
+    return inputs, amax, num_bits, unsigned, narrow_range
+
+
+# an exported model keeps these, and their gradient with them
+_composite = define_composite(
+    f"tensor_quant{_PUBLIC} -> (Tensor, Tensor)", lambda *args: _call(*_complete(*args))
+)
+_composite_fake = define_composite(
+    f"fake_tensor_quant{_PUBLIC} -> Tensor", lambda *args: _call_fake(*_complete(*args))
+)
