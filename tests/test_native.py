@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pyobserver
+from pyobserver import _native
 
 pytestmark = pytest.mark.once  # what is loaded they decide themselves
 PACKAGE = Path(pyobserver.__file__).parent
@@ -109,6 +110,15 @@ class TestNative:
             "build_type",
         }
         assert all(info.values())
+
+    def test_autograd_of_another_torch_is_not_loaded(self, tmp_path: Path) -> None:
+        (tmp_path / _native._AUTOGRAD_MODULE).write_bytes(b"whose loading would fail")
+        reason = _native._import_autograd(tmp_path, "2.0.0+old")
+        assert isinstance(reason, str)
+        assert f"was built for torch 2.0.0+old, and this is {torch.__version__}" in reason
+        reason = _native._import_autograd(tmp_path, torch.__version__)
+        assert isinstance(reason, str)
+        assert "does not load under torch" in reason
 
     def test_threads_are_torch_s(self) -> None:
         before = torch.get_num_threads()
