@@ -187,6 +187,7 @@ class LearnableFakeQuantize(FakeQuantize):
             if t.shape != shape:
                 with torch.inference_mode(False):
                     one = t.detach().flatten() if t.numel() == 1 else t.new_full((1,), value)
+                    t.grad = None  # of an empty batch, and of the other shape
                     t.data = one.expand(shape.numel()).reshape(shape).clone()
 
     @torch.no_grad()

@@ -660,6 +660,24 @@ def test_empty(name: str) -> None:
         assert_same(parameter.grad, torch.zeros_like(parameter))
 
 
+def test_an_empty_batch_before_the_first_leaves_no_gradient_of_its_shape() -> None:
+    module = Module(po.PerChannelMinMaxObserver, qscheme=torch.per_channel_affine)
+    for rows in (0, 3):
+        module(torch.ones(rows, 4)).sum().backward()
+    assert module.scale.grad is not None
+    assert module.scale.grad.shape == module.scale.shape == (3,)
+
+
+def test_made_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        module = Module(po.MovingAverageMinMaxObserver)
+    assert {t.device.type for t in (*module.buffers(), *module.parameters())} == {"meta"}
+    module.to_empty(device="cpu").reset_parameters()
+    alike = Module(po.MovingAverageMinMaxObserver)
+    x = torch.arange(-3.0, 5.0)
+    assert_same(module(x), alike(x))
+
+
 def test_meta_device() -> None:
     for name in UNSIZED:
         module = make(name).to("meta")

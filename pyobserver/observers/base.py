@@ -160,12 +160,12 @@ class UniformQuantizationObserverBase(ObserverBase):
         self.has_customized_qrange = quant_min is not None and quant_max is not None
         self.quant_min, self.quant_max = quant_bounds(dtype, quant_min, quant_max, reduce_range)
         device = torch.nn.factory_kwargs(factory_kwargs).get("device")
-        least_scale = torch.tensor([eps], dtype=torch.float32)
+        least_scale = torch.tensor([eps], dtype=torch.float32, device="cpu")
         if not bool((least_scale > 0) & least_scale.isfinite()):
             raise ValueError(
                 f"{type(self).__name__}: eps: expected a positive finite float32, got {eps}"
             )
-        self.register_buffer("eps", least_scale.to(device))
+        self.register_buffer("eps", least_scale.to(device or torch.get_default_device()))
         self._register_nonfinite_count(device)
 
     def _register_nonfinite_count(self, device: Any) -> None:
