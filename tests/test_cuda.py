@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 import pyobserver as po
 from pyobserver import ranges
+from pyobserver.tensor_quant import QuantDescriptor, TensorQuantizer
 
 pytestmark = pytest.mark.once
 on_gpu = pytest.mark.parametrize("gpu", [as_param(GPU)])
@@ -378,40 +380,99 @@ def test_a_module_is_captured_in_a_graph(gpu: Backend, name: str) -> None:
     assert_all_same([*state(module), y.detach().cpu()], [*expected, expected_y], name)
 
 
-def training(device: str) -> tuple[nn.Sequential, po.QATSchedule]:
-    model = nn.Sequential(po.FreezableBatchNorm1d(SHAPE[1]), po.FakeQuantize()).to(device)
-    return model, po.QATSchedule(
-        model, fake_quant_from=1, freeze_batch_norm_from=2, observer_until=3
+Training = tuple[nn.Sequential, torch.optim.Optimizer, po.QATSchedule]
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, lr=1e-4, momentum=0.9),
+    "adam": partial(torch.optim.Adam, lr=1e-3, capturable=True),
+}
+
+
+def training(device: str, optimizer: str = "sgd") -> Training:
+    """A model of everything that learns; its other parts are torch's elementwise ops."""
+    parts = [
+        po.FakeQuantize(),
+        TensorQuantizer(QuantDescriptor(amax=3.0, learn_amax=True)),
+        po.LearnableFakeQuantize(
+            po.MovingAveragePerChannelMinMaxObserver, ch_axis=1, num_channels=SHAPE[1]
+        ),
+    ]
+    freeze_from = None
+    if device == "cuda":  # on the CPU it reads its switch
+        parts, freeze_from = [po.FreezableBatchNorm1d(SHAPE[1]), *parts], 2
+    model = nn.Sequential(*parts).to(device)
+    schedule = po.QATSchedule(
+        model, fake_quant_from=1, freeze_batch_norm_from=freeze_from, observer_until=3
     )
+    return model, OPTIMIZERS[optimizer](model.parameters()), schedule
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+    y = model(x)
+    optimizer.zero_grad()
+    y.square().sum().backward()
+    optimizer.step()
+    return y
+
+
+def trained(model: nn.Module) -> dict[str, Any]:
+    """Its state and its gradients."""
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+    return {**model.state_dict(), **gradients}
+
+
+def test_a_training_step_reads_nothing_back() -> None:
+    """Nor does a step of the schedule; and the numbers are those of the CPU."""
+    backend = Backend("cpu") if cuda_on_host() is None else ON_HOST
+    expected, expected_optimizer, expected_schedule = training("cpu")
+    model, optimizer, schedule = training("cpu")
+    for x in batches("cpu") * 2:
+        expected_y = train(expected, expected_optimizer, x)
+        expected_schedule.step()
+        with backend.selected(), NoReadback():
+            y = train(model, optimizer, x)
+            schedule.step()
+        assert_all_same([y.detach()], [expected_y.detach()])
+        for name, value in trained(expected).items():
+            assert_all_same([trained(model)[name].detach()], [value.detach()], name)
+    learned = model[-1]
+    assert isinstance(learned, po.LearnableFakeQuantize)
+    assert learned.scale.grad is not None
+    assert learned.scale.grad.count_nonzero() > 0
+
+
+@on_gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_training_step_is_captured_in_a_graph(gpu: Backend, optimizer: str) -> None:
+    """The schedule turns its switches between the replays."""
+    eager, eager_optimizer, eager_schedule = training(gpu.device, optimizer)
+    captured, its_optimizer, schedule = training(gpu.device, optimizer)
+    x = torch.ones(SHAPE, device=gpu.device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        train(captured, its_optimizer, x)  # the optimizer makes its state
+    torch.cuda.current_stream().wait_stream(side)
+    captured.load_state_dict(eager.state_dict())
+    for made in its_optimizer.state.values():
+        for t in made.values():
+            t.zero_()
+    its_optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = train(captured, its_optimizer, x)
+    for batch in batches(gpu.device) * 2:
+        x.copy_(batch)
+        replay(graph)
+        torch.testing.assert_close(y, train(eager, eager_optimizer, batch))
+        torch.testing.assert_close(trained(captured), trained(eager))
+        schedule.step()
+        eager_schedule.step()
 
 
 def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The output, and the gradients of the parameters."""
     y = model(x)
     return y, list(torch.autograd.grad(y.square().sum(), model.parameters()))
-
-
-@on_gpu
-def test_a_schedule_steps_between_the_replays_of_a_graph(gpu: Backend) -> None:
-    eager, expected_schedule = training(gpu.device)
-    captured, schedule = training(gpu.device)
-    x = torch.ones(SHAPE, device=gpu.device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        gradients(captured, x)
-    torch.cuda.current_stream().wait_stream(side)
-    captured.load_state_dict(eager.state_dict())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = gradients(captured, x)
-    for batch in batches(gpu.device):
-        x.copy_(batch)
-        replay(graph)
-        torch.testing.assert_close(found, gradients(eager, batch))
-        torch.testing.assert_close(captured.state_dict(), eager.state_dict())
-        schedule.step()
-        expected_schedule.step()
 
 
 @on_gpu
