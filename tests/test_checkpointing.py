@@ -109,7 +109,7 @@ def test_a_step_is_as_without(name: str) -> None:
 
 
 def test_selective_checkpointing_sees_no_switch_made() -> None:
-    recomputation._off.cache_clear()
+    recomputation._kept_off.cache_clear()
     assert_as_plain(lambda: po.FakeQuantize(TWO), WAYS["recomputed"], "first of the process")
 
 

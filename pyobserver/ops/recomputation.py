@@ -60,11 +60,19 @@ def unless_recomputing(enabled: Tensor) -> Tensor:
     return _off(enabled.device) if type(enabled) is Tensor else torch.zeros_like(enabled)
 
 
-@cache
 def _off(device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _made_off(device)  # the graph's own: it is not zero before a replay
+    return _kept_off(device)
+
+
+def _made_off(device: torch.device) -> Tensor:
     # selective checkpointing must not see it made
     with torch.inference_mode(False), _without_modes():
         return torch.zeros(1, dtype=torch.uint8, device=device)
+
+
+_kept_off = cache(_made_off)
 
 
 def _is_checkpoint_traced() -> bool:
