@@ -25,9 +25,11 @@ from ops.cases import assert_all_same
 from ops.work import SEARCHES, WORK, values
 from readback import NoReadback, OnDevice
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pyobserver as po
 from pyobserver import ranges
+from pyobserver.ops import recomputation
 from pyobserver.tensor_quant import QuantDescriptor, TensorQuantizer
 
 pytestmark = pytest.mark.once
@@ -469,6 +471,19 @@ def test_a_training_step_is_captured_in_a_graph(gpu: Backend, optimizer: str) ->
         eager_schedule.step()
 
 
+@on_gpu
+def test_a_checkpoint_in_a_graph_keeps_none_of_its_memory(gpu: Backend) -> None:
+    """The switch of a recomputation that is made in a capture is not zero before a replay."""
+    model = po.FakeQuantize().to(gpu.device)
+    x = batches(gpu.device)[0].requires_grad_()
+    call = partial(checkpoint, model, x, use_reentrant=False, preserve_rng_state=False)
+    torch.autograd.grad(call().sum(), x)
+    recomputation._kept_off.cache_clear()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.autograd.grad(call().sum(), x)
+    assert recomputation._kept_off.cache_info().currsize == 0
+
+
 def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The output, and the gradients of the parameters."""
     y = model(x)
@@ -503,6 +518,11 @@ def test_an_op_runs_on_the_current_stream(gpu: Backend, name: str) -> None:
         found = WORK[name](gpu.op, late)
     stream.synchronize()
     assert_all_same([t.cpu() for t in found], [t.cpu() for t in expected], name)
+
+
+@on_gpu
+def test_gradients_go_through_cpp(gpu: Backend) -> None:
+    assert po.native_status.autograd is not None, po.native_status.autograd_reason
 
 
 @on_gpu
