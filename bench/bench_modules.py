@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.ao import quantization as torch_ao
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 
 import pyobserver
 
@@ -70,7 +71,11 @@ def _forward(
 
 
 def _autograd(
-    name: str, factory: Factory, tensor: Callable[[Any, str], Tensor] = flat, **more: Any
+    name: str,
+    factory: Factory,
+    tensor: Callable[[Any, str], Tensor] = flat,
+    bytes_moved: float = 20 + 2 * _MASK,
+    **more: Any,
 ) -> Case:
     def make(size: int, device: str) -> dict[str, Call]:
         x = tensor(size, device).detach().requires_grad_()
@@ -82,7 +87,7 @@ def _autograd(
         calls = contenders(device, bind(torch_ao), partial(bind, pyobserver))
         return calls | limit_call("copy_", x)
 
-    return Case(name, make, bytes_moved=20 + 2 * _MASK, limit="copy_", **more)
+    return Case(name, make, bytes_moved, limit="copy_", **more)
 
 
 def _make_calculate_qparams(factory: Factory, size: int, device: str) -> dict[str, Call]:
@@ -164,6 +169,15 @@ def _fused(host: ModuleType) -> nn.Module:
     return host.FusedMovingAvgObsFakeQuantize()
 
 
+def _learnable(host: ModuleType) -> nn.Module:
+    """One that was calibrated, and learns."""
+    made = _LearnableFakeQuantize if host is torch_ao else pyobserver.LearnableFakeQuantize
+    module: Any = made(host.MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
+    module(normal((_FED,), "cpu"))
+    module.enable_param_learning()
+    return module
+
+
 def _of_weight(host: ModuleType, fake_quantize: str) -> nn.Module:
     return getattr(host, fake_quantize)(
         observer=host.MovingAveragePerChannelMinMaxObserver,
@@ -237,6 +251,7 @@ CASES = [
         partial(_of_weight, fake_quantize="FusedMovingAvgObsFakeQuantize"),
         weight,
     ),
+    _autograd("LearnableFakeQuantize, forward and backward", _learnable, bytes_moved=20),
     _forward("PerChannelMinMaxObserver, axis 0", _per_channel(0), channels_first, **BY_CHANNELS),
     _forward("PerChannelMinMaxObserver, axis 1", _per_channel(1), channels_middle, **BY_CHANNELS),
     _forward("PerChannelMinMaxObserver, last axis", _per_channel(-1), channels_end, **BY_CHANNELS),
