@@ -253,7 +253,7 @@ def learnable_clip(layout: str) -> Work:
 
     def run(op: Op, x: Tensor) -> Sequence[Tensor]:
         x = shaped(x.dtype, layout, x.device)
-        low, high = (torch.tensor(bound, device=x.device) for bound in (-2.1, 1.7))
+        low, high = (torch.full((), bound, device=x.device) for bound in (-2.1, 1.7))
         found = []
         for grid in ((), (4,), (8, False, False)):
             alone = op("_learnable_clip")(x, low, high, *grid)
@@ -286,9 +286,7 @@ def learnable_fake_quantize(layout: str) -> Work:
             learned = (x, scale - 0.3, zero + 0.25, -8, 7)
             option["least_scale"] = 1e-3
             found.append(op("_learnable_fake_quantize")(*learned, **option))
-            switches = torch.zeros(2, dtype=torch.uint8, device=x.device)
-            switches[1] = 1
-            off, on = switches.split(1)
+            off, on = torch.arange(2, dtype=torch.uint8, device=x.device).split(1)
             for more in ({"normalize": 2}, {"enabled": off}, {"held": on}):
                 backward = op("_learnable_fake_quantize_backward")
                 found += backward(y, *learned, 0.1, **option, **more)
