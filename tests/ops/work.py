@@ -129,8 +129,8 @@ def log_histogram(bits: int, layout: str | None = None, nonfinite: str = "ignore
                 groups = (SHAPE[option["axis"]],)
             elif option:
                 groups = grid_of(x, option["block_size"])
-            low, high, nonfinite = state_of(x, groups)
-            state = (nonfinite.new_zeros((*groups, log_columns(bits))), low, high)
+            low, high, count = state_of(x, groups)
+            state = (count.new_zeros((*groups, log_columns(bits))), low, high)
             for batch in (x, x[: x.shape[0] // 2] if not groups else x):
                 op("log_histogram")(batch, *state, nonfinite=nonfinite, **option)
             found += state
