@@ -325,6 +325,15 @@ def test_a_range_is_that_of_the_cpu(cuda: Backend, method: str) -> None:
     assert_all_same(found, expected, method)
 
 
+@pytest.mark.parametrize("name", WORK)
+def test_the_work_of_an_op_stays_on_its_device(name: str) -> None:
+    """So that a GPU runs it without a sync, and in a graph."""
+    x = torch.empty(300_000, device="meta")
+    WORK[name](Backend("cpu").op, x)  # what is made once
+    with OnDevice("meta"):
+        WORK[name](Backend("cpu").op, x)
+
+
 @on_gpu
 @pytest.mark.parametrize("name", WORK)
 def test_an_op_does_not_sync(gpu: Backend, name: str) -> None:
