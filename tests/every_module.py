@@ -121,6 +121,7 @@ HORIZON: dict[str, Maker] = {
         f"horizon_{name}_{state.name}": lambda make=make, state=state: _in_state(make, state)
         for name, make in HORIZON_OBSERVERS.items()
         for state in hz.FakeQuantState
+        if state is hz.FakeQuantState.QAT or name in ("MinMax", "Histogram")
     },
     "horizon_QuantStub": hz.QuantStub,
     "horizon_DeQuantStub": hz.DeQuantStub,
