@@ -19,7 +19,7 @@ import pyobserver
 
 from .cases import GROWTH_ELEMENTS, SIZES, Case, all_cases, has_native
 from .memory import RESOLUTION, peaks, traced
-from .report import Peak, Record, Timing, markdown
+from .report import Peak, Record, Timing, markdown, write
 from .timing import FULL, QUICK, keep_memory_warm, measure
 
 _LEAST_FOR_MEMORY = 1_000_000  # elements; fewer are lost in the resolution
@@ -177,12 +177,7 @@ def main() -> None:
     record.notes = _notes(arguments.device, warm)
     for threads in arguments.threads:
         _measure_times(record, cases, threads, arguments)
-    if arguments.output is None:
-        print(markdown(record), end="")
-    else:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(markdown(record), encoding="utf-8")
-        arguments.output.with_suffix(".json").write_text(record.to_json(), encoding="utf-8")
+    write(markdown(record), record.to_json(), arguments.output)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from .cases import GROWTH_ELEMENTS, OURS
 from .memory import RESOLUTION
@@ -225,6 +226,16 @@ def _memory_table(record: Record) -> list[str]:
     ]
     lines = table(heads, rows) if rows else []
     return ["## Peak memory, MB", "", record.memory_note, "", *lines]
+
+
+def write(markdown: str, figures: str, output: Path | None) -> None:
+    """To FILE.md, the figures beside it in FILE.json; or what is to be read to stdout."""
+    if output is None:
+        print(markdown, end="")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(markdown, encoding="utf-8")
+    output.with_suffix(".json").write_text(figures, encoding="utf-8")
 
 
 def markdown(record: Record) -> str:

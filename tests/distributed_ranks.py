@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -454,11 +454,12 @@ CHECKS: tuple[Callable[[], None], ...] = (
 )
 
 
-def main() -> None:
+def run(checks: Iterable[Callable[[], None]]) -> None:
+    """Each of them, on every rank at a time."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    for check in CHECKS:
+    for check in checks:
         check()
         dist.barrier()
         if dist.get_rank() == 0:
@@ -467,4 +468,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(CHECKS)

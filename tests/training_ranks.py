@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from distributed_ranks import (
     counting_all_reduces,
     counts,
     per_channel_counts,
+    run,
     state_bytes,
 )
 from torch import Tensor, nn
@@ -457,17 +456,5 @@ CHECKS: tuple[Callable[[], None], ...] = (
 )
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    for check in CHECKS:
-        check()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print("passed", check.__name__, flush=True)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run(CHECKS)

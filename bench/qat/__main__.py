@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..__main__ import counts, facts
 from ..memory import RESOLUTION
+from ..report import write
 from ..timing import keep_memory_warm
 from . import calls, memory
 from .models import DTYPES, MODELS, contenders
@@ -102,12 +103,7 @@ def main() -> None:
         record.calls += calls.time_calls(arguments.quick)
     if missing := record.missing(_expected(arguments, has_memory)):
         sys.exit("\n".join(["figures that are missing:", *(str(key) for key in missing)]))
-    if arguments.output is None:
-        print(markdown(record), end="")
-    else:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(markdown(record), encoding="utf-8")
-        arguments.output.with_suffix(".json").write_text(record.to_json(), encoding="utf-8")
+    write(markdown(record), record.to_json(), arguments.output)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ _FLOOR = Case(f"a copy, {_BOTH_WAYS} (beside torch's one in Python)", _make_clon
 
 
 def cases() -> list[Case]:
-    """The floor, and what the other benchmarks time both ways."""
-    return [_FLOOR, *(case for case in all_cases() if _BOTH_WAYS in case.name)]
+    """The floor, and what the other benchmarks time both ways on any number of elements."""
+    found = [case for case in all_cases() if _BOTH_WAYS in case.name and case.sizes is None]
+    return [_FLOOR, *found]
 
 
 def time_calls(quick: bool) -> list[CallTime]:
